@@ -1,0 +1,148 @@
+"""From a graph of raw weights to a prepared, normalised adjacency."""
+
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import jraph
+import numpy as np
+from jax.core import Tracer
+
+from sevo_jax.layouts import Adjacency, Dense, Edges, Rows
+
+Graph: TypeAlias = jraph.GraphsTuple | Adjacency
+Layout: TypeAlias = Literal["auto", "edges", "rows", "dense"]
+
+LAYOUTS: dict[str, type[Adjacency]] = {"edges": Edges, "rows": Rows, "dense": Dense}
+FASTEST = {"cpu": "rows"}  # by backend; segment sums over edges elsewhere
+
+
+def normalized_adjacency(
+    graph: Graph, *, layout: Layout = "auto", capacity: int | None = None
+) -> Adjacency:
+    r"""Prepare :math:`\tilde A = D^{-1/2} A D^{-1/2}` for smoothing.
+
+    Here :math:`D = \mathrm{diag}(d_i)` with :math:`d_i = \sum_j w_{ij}`; rows of degree zero
+    stay zero. No self-loops are added. The result is a pytree of arrays: pass it to jitted
+    functions as an argument and they serve every graph of equal capacity without compiling
+    again. Derivatives take it for a constant.
+
+    Args:
+      graph: a graph of non-negative symmetric weights, both directions stored, with
+        concrete arrays. A prepared adjacency is returned as it is.
+      layout: `"edges"` (segment sums), `"rows"` (compressed rows), `"dense"`, or `"auto"`,
+        which takes rows on CPU and edges elsewhere.
+      capacity: pad to this number of edges, which then cost time but change nothing.
+
+    Returns:
+      The adjacency, in the default float dtype. Products take the dtype of the table.
+
+    Examples:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> import sevo_jax
+      >>> graph = sevo_jax.item_graph([[0, 1, 2, 1], [1, 0, 2]], num_nodes=3, window=3)
+      >>> adjacency = sevo_jax.normalized_adjacency(graph)
+      >>> print(np.asarray(adjacency.matmul(jnp.eye(3))).round(3))
+      [[0.    0.408 0.408]
+       [0.408 0.    0.667]
+       [0.408 0.667 0.   ]]
+    """
+    if isinstance(graph, Adjacency):
+        return graph
+    if not isinstance(graph, jraph.GraphsTuple):
+        raise TypeError(
+            "`normalized_adjacency` takes a `jraph.GraphsTuple` or a prepared adjacency, but "
+            f"got {type(graph).__name__}. `item_graph` makes one from sequences."
+        )
+    if layout not in ("auto", *LAYOUTS):
+        raise ValueError(
+            f"`normalized_adjacency`: unknown `layout` {layout!r}, valid are "
+            f"{('auto', *LAYOUTS)}."
+        )
+    receivers, senders, weights, num_nodes = _edges(graph)
+    degree = np.bincount(receivers, weights, minlength=num_nodes)
+    scale = np.divide(1, np.sqrt(degree), out=np.zeros(num_nodes), where=degree > 0)
+    weights = weights * scale[receivers] * scale[senders]
+    if (np.diff(receivers) < 0).any():
+        order = np.argsort(receivers, kind="stable")
+        receivers, senders, weights = receivers[order], senders[order], weights[order]
+    fastest = FASTEST.get(jax.default_backend(), "edges")
+    form = LAYOUTS[fastest if layout == "auto" else layout]
+    # Concrete arrays even if an optimizer is built while tracing, as `inject_hyperparams` does.
+    with jax.ensure_compile_time_eval():
+        weights = weights.astype(jnp.result_type(float))
+        edges = _pad(receivers, senders, weights, num_nodes, capacity)
+        return form.from_edges(*edges, num_nodes)
+
+
+def _edges(graph: jraph.GraphsTuple) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Validated receivers, senders, float64 weights `[num_edges]` and the number of nodes."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(graph)):
+        raise TypeError(
+            "`normalized_adjacency` prepares a graph of concrete arrays, but got a traced one. "
+            "Call it outside of `jit` and pass the adjacency that it returns."
+        )
+    num_nodes = int(np.sum(graph.n_node))
+    receivers, senders = np.asarray(graph.receivers), np.asarray(graph.senders)
+    weights = np.asarray(graph.edges)
+    if not receivers.shape == senders.shape == weights.shape == (weights.size,):
+        raise ValueError(
+            "`normalized_adjacency` takes `edges`, `senders` and `receivers` of one shape "
+            f"[num_edges], but got {weights.shape}, {senders.shape} and {receivers.shape}."
+        )
+    for name, ids in (("receivers", receivers), ("senders", senders)):
+        if ids.dtype.kind not in "iu":
+            raise TypeError(f"`normalized_adjacency`: `{name}` are {ids.dtype}, not integers.")
+        if len(ids) and not 0 <= ids.min() <= ids.max() < num_nodes:
+            raise ValueError(
+                f"`normalized_adjacency`: `{name}` reach from {ids.min()} to {ids.max()}, but "
+                f"the graph has {num_nodes} nodes."
+            )
+    weights = weights.astype(np.float64)
+    _check_weights(receivers, senders, weights, num_nodes)
+    return receivers.astype(np.int32), senders.astype(np.int32), weights, num_nodes
+
+
+def _check_weights(
+    receivers: np.ndarray, senders: np.ndarray, weights: np.ndarray, num_nodes: int
+) -> None:
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))[0]
+        raise ValueError(
+            "`normalized_adjacency` takes finite, non-negative weights, but edge "
+            f"{senders[bad]} -> {receivers[bad]} weighs {weights[bad]}."
+        )
+    # A is symmetric if and only if A r = A^T r for a random r, almost surely: two passes over
+    # the edges in place of a sort, and repeated edges need no merging.
+    r = np.random.default_rng(0).uniform(1, 2, num_nodes)
+    forward = np.bincount(receivers, weights * r[senders], minlength=num_nodes)
+    backward = np.bincount(senders, weights * r[receivers], minlength=num_nodes)
+    unequal = ~np.isclose(forward, backward, rtol=1e-6, atol=0)
+    if unequal.any():
+        raise ValueError(
+            "`normalized_adjacency` takes symmetric weights with both directions stored, but "
+            f"the edges to and from node {np.flatnonzero(unequal)[0]} differ. Add the "
+            "reversed edges, or use `item_graph` and its kin."
+        )
+
+
+def _pad(
+    receivers: np.ndarray,
+    senders: np.ndarray,
+    weights: np.ndarray,
+    num_nodes: int,
+    capacity: int | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Zero-weight loops on the last node, where a NaN of another row cannot get in."""
+    padding = 0 if capacity is None else capacity - len(weights)
+    if padding < 0:
+        raise ValueError(
+            f"`normalized_adjacency`: `capacity` is {capacity}, but the graph has "
+            f"{len(weights)} edges."
+        )
+    loops = np.full(padding, num_nodes - 1, np.int32)
+    return (
+        np.concatenate([receivers, loops]),
+        np.concatenate([senders, loops]),
+        np.concatenate([weights, np.zeros(padding, weights.dtype)]),
+    )

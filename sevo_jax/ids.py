@@ -1,0 +1,80 @@
+"""Checks of what the graph builders are given, each named after the builder it serves."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Ragged: TypeAlias = Sequence[Any] | np.ndarray | tuple[np.ndarray, np.ndarray]
+
+
+def ragged(
+    function: str, name: str, rows: Ragged, num_nodes: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Validated values `[num_values]` and row splits `[num_rows + 1]`."""
+    if isinstance(rows, tuple) and len(rows) == 2:
+        values, splits = np.asarray(rows[0]), np.asarray(rows[1])
+        if (
+            splits.ndim != 1
+            or splits.dtype.kind not in "iu"
+            or len(splits) == 0
+            or splits[0] != 0
+            or splits[-1] != len(values)
+            or (np.diff(splits.astype(np.int64)) < 0).any()
+        ):
+            raise ValueError(
+                f"`{function}`: the second of the tuple `{name}` must be row splits, integers "
+                f"that rise from 0 to the number of values ({len(values)}). Pass a list "
+                "instead of a tuple if these are two sequences."
+            )
+    else:
+        parts = [_row(function, name, i, row) for i, row in enumerate(rows)]
+        values = np.concatenate([row for row in parts if len(row)] or [np.zeros(0, np.int32)])
+        splits = np.cumsum([0, *map(len, parts)])
+    check_ids(function, name, values, num_nodes, "num_nodes")
+    return values, splits.astype(np.int64)
+
+
+def _row(function: str, name: str, index: int, row: Any) -> np.ndarray:
+    try:
+        array = np.asarray(row)
+    except ValueError:  # NumPy refuses nested lists of unequal lengths
+        array = np.empty((0, 0))
+    if array.ndim != 1:
+        raise ValueError(
+            f"`{function}` takes `{name}` as a list of flat integer arrays, one per row, but "
+            f"row {index} is {type(row).__name__} of shape {array.shape or '()'}."
+        )
+    return array
+
+
+def check_ids(
+    function: str, name: str, ids: np.ndarray, stop: int | None, stop_name: str
+) -> None:
+    if ids.ndim != 1:
+        raise ValueError(f"`{function}`: ids in `{name}` must be flat, got shape {ids.shape}.")
+    if len(ids) and ids.dtype.kind not in "iu":
+        raise TypeError(
+            f"`{function}` takes integer ids in `{name}`, but got {ids.dtype}. Cast them with "
+            "`.astype(np.int32)` if they are whole numbers."
+        )
+    if len(ids) and ids.min() < 0:
+        raise ValueError(
+            f"`{function}` takes ids from 0 in `{name}`, but the smallest is {ids.min()}. "
+            "Remove padding entries before building a graph."
+        )
+    if stop is not None and len(ids) and ids.max() >= stop:
+        raise ValueError(
+            f"`{function}` takes ids below `{stop_name}` = {stop} in `{name}`, but the largest "
+            f"is {ids.max()}. `{stop_name}` is the number of rows of the embedding table."
+        )
+
+
+def check_choice(function: str, name: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"`{function}`: unknown `{name}` {value!r}, valid are {valid}.")
+
+
+def check_positive(function: str, name: str, value: int) -> None:
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"`{function}`: `{name}` must be a positive integer, got {value!r}.")

@@ -1,0 +1,244 @@
+"""How a normalised adjacency is stored and multiplied: one class per layout.
+
+A layout is a registered pytree of arrays alone. All that is static follows from their
+shapes, so a program compiled for one graph serves every graph of the same capacity.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+
+try:
+    from jax.experimental.sparse import BCSR
+except ImportError:  # JAX no longer develops this module; `_scan_chunks` stands in for it
+    BCSR = None
+
+_CHUNK = 1 << 16  # edges in flight in `_scan_chunks`: bounds its memory at _CHUNK * d
+_WIDTH = 64  # columns of vmapped tables to multiply at once in `Rows`
+
+
+class Adjacency(abc.ABC):
+    """A symmetric matrix A~ `[num_nodes, num_nodes]` that can be applied to a table."""
+
+    isolated: jax.Array  # [num_nodes] bool: rows of A~ that are zero
+
+    @classmethod
+    @abc.abstractmethod
+    def from_edges(
+        cls, receivers: np.ndarray, senders: np.ndarray, weights: np.ndarray, num_nodes: int
+    ) -> Self:
+        """Store edges `[num_edges]` that are sorted by receiver."""
+
+    @property
+    def num_nodes(self) -> int:
+        return self.isolated.shape[0]
+
+    @abc.abstractmethod
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """A~ x for x `[num_nodes, d]`, in the dtype of x."""
+
+    def polynomial(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+        """sum_l c_l A~^l x, with coefficients `[L + 1, 1, 1]` or `[L + 1, 1, d]`."""
+        return _horner(self.matmul, coefficients, x)
+
+
+def _horner(
+    matmul: Callable[[jax.Array], jax.Array], coefficients: jax.Array, x: jax.Array
+) -> jax.Array:
+    """L products with two tables in flight."""
+    y = coefficients[-1] * x
+    for c in coefficients[-2::-1]:
+        y = matmul(y) + c * x
+    return y
+
+
+def _isolated(receivers: np.ndarray, weights: np.ndarray, num_nodes: int) -> np.ndarray:
+    return np.bincount(receivers, weights != 0, minlength=num_nodes) == 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Edges(Adjacency):
+    """Segment sums over a list of edges; the plain form, good on every backend.
+
+    On GPU and TPU the sum fuses with the gather. On CPU it holds an edges x d array.
+    """
+
+    receivers: jax.Array  # [num_edges] int32, ascending
+    senders: jax.Array  # [num_edges] int32
+    weights: jax.Array  # [num_edges]
+    isolated: jax.Array  # [num_nodes] bool
+
+    @classmethod
+    def from_edges(
+        cls, receivers: np.ndarray, senders: np.ndarray, weights: np.ndarray, num_nodes: int
+    ) -> Self:
+        isolated = _isolated(receivers, weights, num_nodes)
+        return cls(*map(jnp.asarray, (receivers, senders, weights, isolated)))
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        messages = self.weights.astype(x.dtype)[:, None] * x[self.senders]
+        return jax.ops.segment_sum(
+            messages, self.receivers, self.num_nodes, indices_are_sorted=True
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dense(Adjacency):
+    """The matrix itself, for graphs of a few thousand nodes on an accelerator."""
+
+    matrix: jax.Array  # [num_nodes, num_nodes]
+    isolated: jax.Array  # [num_nodes] bool
+
+    @classmethod
+    def from_edges(
+        cls, receivers: np.ndarray, senders: np.ndarray, weights: np.ndarray, num_nodes: int
+    ) -> Self:
+        matrix = np.zeros((num_nodes, num_nodes), weights.dtype)
+        np.add.at(matrix, (receivers, senders), weights)
+        return cls(jnp.asarray(matrix), jnp.asarray(_isolated(receivers, weights, num_nodes)))
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        return jnp.matmul(self.matrix.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows(Adjacency):
+    """Compressed rows; on CPU a native multithreaded product without an edges x d array."""
+
+    row_splits: jax.Array  # [num_nodes + 1] int32
+    columns: jax.Array  # [num_edges] int32, of the type of row_splits or BCSR is slow
+    weights: jax.Array  # [num_edges]
+    isolated: jax.Array  # [num_nodes] bool
+
+    @classmethod
+    def from_edges(
+        cls, receivers: np.ndarray, senders: np.ndarray, weights: np.ndarray, num_nodes: int
+    ) -> Self:
+        isolated = _isolated(receivers, weights, num_nodes)
+        row_splits = np.searchsorted(receivers, np.arange(num_nodes + 1))
+        row_splits, columns = row_splits.astype(np.int32), senders.astype(np.int32)
+        return cls(*map(jnp.asarray, (row_splits, columns, weights, isolated)))
+
+    @jax.jit  # outside of `jit`, `platform_dependent` would compile at every call
+    def matmul(self, x: jax.Array) -> jax.Array:
+        if BCSR is None or x.dtype not in (jnp.float32, jnp.float64):
+            return _scan_chunks(self, x)
+        return jax.lax.platform_dependent(self, x, cpu=_native, default=_scan_chunks)
+
+    def polynomial(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+        return _rows_polynomial(self, coefficients, x)
+
+
+def _native(adjacency: Rows, x: jax.Array) -> jax.Array:
+    assert BCSR is not None
+    weights = adjacency.weights.astype(x.dtype)
+    shape = (adjacency.num_nodes, adjacency.num_nodes)
+    return BCSR((weights, adjacency.columns, adjacency.row_splits), shape=shape) @ x
+
+
+def _scan_chunks(adjacency: Rows, x: jax.Array) -> jax.Array:
+    """The same product for every backend and dtype, by a bounded number of edges at a time."""
+    num_nodes, num_edges = adjacency.num_nodes, adjacency.columns.shape[0]
+    rows = jnp.repeat(
+        jnp.arange(num_nodes, dtype=jnp.int32),
+        jnp.diff(adjacency.row_splits),
+        total_repeat_length=num_edges,
+    )
+    length = max(1, min(_CHUNK, num_edges))
+
+    def chunks(leaf: jax.Array, fill: int) -> jax.Array:
+        return jnp.pad(leaf, (0, -num_edges % length), constant_values=fill).reshape(-1, length)
+
+    def add(y: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        row, column, weight = chunk
+        return y.at[row].add(weight[:, None] * x[column], indices_are_sorted=True), None
+
+    edges = (
+        chunks(rows, num_nodes - 1),
+        chunks(adjacency.columns, num_nodes - 1),
+        chunks(adjacency.weights.astype(x.dtype), 0),
+    )
+    return jax.lax.scan(add, jnp.zeros_like(x), edges)[0]
+
+
+@custom_vmap
+def _tables_polynomial(adjacency: Rows, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+    return _horner(adjacency.matmul, coefficients, x)
+
+
+@_tables_polynomial.def_vmap
+def _tables_in_turn(
+    axis_size: int,
+    in_batched: tuple[Rows, bool, bool],
+    adjacency: Rows,
+    coefficients: jax.Array,
+    x: jax.Array,
+) -> tuple[jax.Array, bool]:
+    """The native product has no batch form. Narrow tables stand side by side as one wide
+    table; wide ones take turns, because two of them would not fit into the cache together.
+    """
+    leaves, treedef = jax.tree.flatten((adjacency, coefficients, x))
+    several_graphs = any(jax.tree.leaves(in_batched[0]))
+    at_once = 1 if several_graphs else max(1, _WIDTH // x.shape[-1])
+    if axis_size <= at_once and not several_graphs:
+        return _side_by_side(axis_size, in_batched, adjacency, coefficients, x), True
+
+    def one(slices: list[jax.Array]) -> jax.Array:
+        args = leaves.copy()
+        for i, part in zip(batched, slices, strict=True):
+            args[i] = part
+        return _tables_polynomial(*treedef.unflatten(args))
+
+    batched = [i for i, is_batched in enumerate(jax.tree.leaves(in_batched)) if is_batched]
+    slices = [leaves[i] for i in batched]
+    return jax.lax.map(one, slices, batch_size=at_once if at_once > 1 else None), True
+
+
+def _side_by_side(
+    axis_size: int,
+    in_batched: tuple[Rows, bool, bool],
+    adjacency: Rows,
+    coefficients: jax.Array,
+    x: jax.Array,
+) -> jax.Array:
+    """psi of tables `[axis_size, num_nodes, d]` as of one of `axis_size * d` columns."""
+    if not in_batched[1]:
+        coefficients = jnp.broadcast_to(coefficients, (axis_size, *coefficients.shape))
+    if not in_batched[2]:
+        x = jnp.broadcast_to(x, (axis_size, *x.shape))
+    _, num_nodes, d = x.shape
+    coefficients = jnp.broadcast_to(coefficients, (*coefficients.shape[:-1], d))
+
+    def wide(leaf: jax.Array) -> jax.Array:
+        return jnp.moveaxis(leaf, 0, -2).reshape(*leaf.shape[1:-1], axis_size * d)
+
+    y = _tables_polynomial(adjacency, wide(coefficients), wide(x))
+    return jnp.moveaxis(y.reshape(num_nodes, axis_size, d), 1, 0)
+
+
+def _forward(*args: Any) -> tuple[jax.Array, Any]:
+    return _tables_polynomial(*args), args
+
+
+def _backward(args: Any, cotangent: jax.Array) -> tuple[None, jax.Array, jax.Array]:
+    adjacency, coefficients, x = args
+    powers = [x]
+    for _ in coefficients[1:]:
+        powers.append(adjacency.matmul(powers[-1]))
+    axes = (0, 1) if coefficients.shape[-1] == 1 else 0
+    inner = [jnp.sum(power * cotangent, axes, keepdims=True) for power in powers]
+    return None, jnp.stack(inner), _rows_polynomial(adjacency, coefficients, cotangent)
+
+
+# `custom_vmap` has no reverse mode of its own. psi is symmetric, and the edges are data.
+_rows_polynomial = jax.custom_vjp(_tables_polynomial)
+_rows_polynomial.defvjp(_forward, _backward)

@@ -1,0 +1,244 @@
+"""Every layout against the dense matrix; preparation and its errors."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jraph
+import numpy as np
+import pytest
+
+import sevo_jax
+from sevo_jax import layouts
+from sevo_jax.adjacency import LAYOUTS
+from tests.helpers import dense, random_graph, reference_normalized
+
+BETAS = {"scalar": 0.7, "per column": np.array([0.0, 0.5, 0.99])}
+
+
+def _expected(graph: Any, x: np.ndarray, beta: Any, num_layers: int = 3) -> np.ndarray:
+    """psi from powers of the dense matrix."""
+    matrix = reference_normalized(dense(graph))
+    powers = [np.linalg.matrix_power(matrix, l) @ x * beta**l for l in range(num_layers + 1)]
+    return sum(powers) * (1 - beta) / (1 - beta ** (num_layers + 1))
+
+
+def _table(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+@pytest.mark.parametrize("beta", BETAS.values(), ids=BETAS.keys())
+@pytest.mark.parametrize("table_dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_the_matrix(layout, table_dtype, beta):
+    graph, x = random_graph(), _table(20, 3)
+    with jax.enable_x64(table_dtype == "float64"):
+        adjacency = sevo_jax.normalized_adjacency(graph, layout=layout)
+        y = jax.jit(sevo_jax.smooth)(adjacency, jnp.asarray(x, table_dtype), beta=beta)
+        assert y.dtype == table_dtype
+        np.testing.assert_allclose(
+            np.asarray(y, np.float64), _expected(graph, x, beta), atol=TOLERANCE[table_dtype]
+        )
+
+
+# Tables of 3 columns stand side by side, those of 60 take turns, those of 20 do both.
+@pytest.mark.parametrize("d", [3, 20, 60])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vmapped_tables(layout, d):
+    graph, xs = random_graph(), _table(7, 20, d)
+    adjacency = sevo_jax.normalized_adjacency(graph, layout=layout)
+    betas = np.linspace(0, 0.99, 7).astype(np.float32)
+
+    def smooth(x, beta):
+        return sevo_jax.smooth(adjacency, x, beta=beta)
+
+    tables = jax.jit(jax.vmap(smooth, (0, None)))(jnp.asarray(xs, jnp.float32), 0.9)
+    ablation = jax.jit(jax.vmap(smooth, (None, 0)))(jnp.asarray(xs[0], jnp.float32), betas)
+    both = jax.jit(jax.vmap(smooth))(jnp.asarray(xs, jnp.float32), betas)
+    for s in range(7):
+        np.testing.assert_allclose(tables[s], _expected(graph, xs[s], 0.9), atol=3e-6)
+        np.testing.assert_allclose(ablation[s], _expected(graph, xs[0], betas[s]), atol=3e-6)
+        np.testing.assert_allclose(both[s], _expected(graph, xs[s], betas[s]), atol=3e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vmap_of_vmap_and_of_scan(layout):
+    graph, xs = random_graph(), _table(2, 3, 20, 4)
+    adjacency = sevo_jax.normalized_adjacency(graph, layout=layout)
+
+    def twice(x, beta):
+        def body(carry, _):
+            return sevo_jax.smooth(adjacency, carry, beta=beta), None
+
+        return jax.lax.scan(body, x, length=2)[0]
+
+    nested = jax.jit(jax.vmap(jax.vmap(twice, (0, None))))
+    betas = np.array([0.3, 0.9], np.float32)
+    y = nested(jnp.asarray(xs, jnp.float32), betas)
+    for i in range(2):
+        for j in range(3):
+            once = _expected(graph, xs[i, j], betas[i])
+            np.testing.assert_allclose(y[i, j], _expected(graph, once, betas[i]), atol=3e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vmapped_graphs(layout):
+    graphs = [random_graph(seed) for seed in range(3)]
+    capacity = max(len(graph.edges) for graph in graphs)
+    prepared = [
+        sevo_jax.normalized_adjacency(graph, layout=layout, capacity=capacity)
+        for graph in graphs
+    ]
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *prepared)
+    x = _table(20, 4)
+    y = jax.jit(jax.vmap(sevo_jax.smooth, (0, None)))(batch, jnp.asarray(x, jnp.float32))
+    for one, graph in zip(y, graphs, strict=True):
+        np.testing.assert_allclose(one, _expected(graph, x, 0.99), atol=3e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reverse_mode(layout, x64):
+    graph, x, weight = random_graph(), _table(20, 3), _table(20, 3, seed=1)
+    adjacency = sevo_jax.normalized_adjacency(graph, layout=layout)
+
+    def loss(x, beta):
+        return jnp.sum(weight * sevo_jax.smooth(adjacency, x, beta=beta))
+
+    for beta in BETAS.values():
+        to_x, to_beta = jax.grad(loss, (0, 1))(jnp.asarray(x), jnp.asarray(beta))
+        np.testing.assert_allclose(to_x, _expected(graph, weight, beta), atol=1e-12)
+        step = 1e-6
+        up, down = (_expected(graph, x, beta + s) * weight for s in (step, -step))
+        slope = (up - down).sum(axis=0 if np.ndim(beta) else None) / (2 * step)
+        np.testing.assert_allclose(to_beta, slope, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype_name", ["float32", "bfloat16"])
+def test_chunked_fallback(dtype_name, monkeypatch):
+    graph, x = random_graph(), _table(20, 3)
+    monkeypatch.setattr(layouts, "BCSR", None)
+    adjacency = sevo_jax.normalized_adjacency(graph, layout="rows")
+    expected = reference_normalized(dense(graph)) @ x
+    for chunk in (7, 1 << 16):
+        monkeypatch.setattr(layouts, "_CHUNK", chunk)
+        jax.clear_caches()
+        y = adjacency.matmul(jnp.asarray(x, dtype_name))
+        assert y.dtype == dtype_name
+        tolerance = 1e-6 if dtype_name == "float32" else 3e-2
+        np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=tolerance)
+
+
+def test_rows_use_the_native_product():
+    """On CPU and within `vmap`; a silent gather and scatter would be ten times slower."""
+    adjacency = sevo_jax.normalized_adjacency(random_graph(), layout="rows")
+    for d in (3, 60):
+        xs = jnp.zeros((4, 20, d))
+        compiled = jax.jit(jax.vmap(sevo_jax.smooth, (None, 0))).lower(adjacency, xs).compile()
+        text = compiled.as_text() or ""
+        assert "scatter" not in text and "gather(" not in text
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_program_for_graphs_of_equal_capacity(layout):
+    smooth = jax.jit(lambda adjacency, x: sevo_jax.smooth(adjacency, x))
+    for seed in range(3):
+        graph = random_graph(seed)
+        assert len(graph.edges) < 300
+        adjacency = sevo_jax.normalized_adjacency(graph, layout=layout, capacity=300)
+        x = _table(20, 3, seed=seed)
+        y = smooth(adjacency, jnp.asarray(x, jnp.float32))
+        np.testing.assert_allclose(y, _expected(graph, x, 0.99), atol=3e-6)
+    assert smooth._cache_size() == 1
+
+
+@pytest.mark.parametrize("layout", ["edges", "rows"])  # dense multiplies every entry
+def test_padding_edges_spread_no_nan(layout):
+    graph = sevo_jax.item_graph([[0, 1]], num_nodes=4)
+    adjacency = sevo_jax.normalized_adjacency(graph, layout=layout, capacity=10)
+    x = jnp.ones((4, 1)).at[2].set(jnp.nan)
+    y = np.asarray(sevo_jax.smooth(adjacency, x))
+    np.testing.assert_array_equal(np.isnan(y[:, 0]), [False, False, True, False])
+
+
+def test_auto_takes_rows_on_cpu():
+    assert jax.default_backend() == "cpu"
+    assert isinstance(sevo_jax.normalized_adjacency(random_graph()), layouts.Rows)
+
+
+def test_a_prepared_adjacency_is_returned():
+    adjacency = sevo_jax.normalized_adjacency(random_graph())
+    assert sevo_jax.normalized_adjacency(adjacency) is adjacency
+
+
+def test_edges_in_any_order_repeated_or_on_the_device():
+    graph = random_graph()
+    order = np.random.default_rng(0).permutation(len(graph.edges))
+    halved = [np.concatenate([a, a]) for a in (graph.receivers[order], graph.senders[order])]
+    other = graph._replace(
+        receivers=jnp.asarray(halved[0]),
+        senders=jnp.asarray(halved[1]),
+        edges=jnp.asarray(np.tile(graph.edges[order] / 2, 2)),
+    )
+    x = jnp.asarray(_table(20, 3), jnp.float32)
+    np.testing.assert_allclose(sevo_jax.smooth(other, x), sevo_jax.smooth(graph, x), atol=1e-6)
+
+
+def test_leaves_are_arrays_that_a_jitted_function_takes():
+    for layout in LAYOUTS:
+        adjacency = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
+        leaves = jax.tree.leaves(adjacency)
+        assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+        assert len(leaves) == len(dataclasses.fields(adjacency))
+
+
+def test_isolated_rows():
+    adjacency = sevo_jax.normalized_adjacency(random_graph())
+    assert adjacency.isolated[0] and adjacency.isolated[-1]  # random_sequences leaves them out
+    np.testing.assert_array_equal(adjacency.isolated, dense(random_graph()).sum(axis=1) == 0)
+
+
+def _graph(receivers: Any, senders: Any, edges: Any, num_nodes: int = 3) -> jraph.GraphsTuple:
+    arrays: list[Any] = [np.asarray(a) for a in (edges, receivers, senders)]
+    edges, receivers, senders = arrays
+    sizes: list[Any] = [np.array([n]) for n in (num_nodes, len(edges))]
+    return jraph.GraphsTuple(None, edges, receivers, senders, None, *sizes)
+
+
+@pytest.mark.parametrize(
+    "graph, error, message",
+    [
+        (_graph([0, 1], [1, 0], [1.0, 2.0]), ValueError, "symmetric .* node 0 differ"),
+        (_graph([1], [2], [1.0]), ValueError, "symmetric .* node 1 differ"),
+        # Equal degrees in both directions, yet a directed circle.
+        (_graph([0, 1, 2], [1, 2, 0], [1.0, 1.0, 1.0]), ValueError, "symmetric"),
+        (_graph([0, 1], [1, 0], [-1.0, -1.0]), ValueError, "edge 1 -> 0 weighs -1.0"),
+        (_graph([0, 1], [1, 0], [1.0, np.nan]), ValueError, "edge 0 -> 1 weighs nan"),
+        (_graph([0, 1], [1, 0], [np.inf, np.inf]), ValueError, "weighs inf"),
+        (_graph([0, 3], [3, 0], [1.0, 1.0]), ValueError, "from 0 to 3, but .* 3 nodes"),
+        (_graph([0, -1], [-1, 0], [1.0, 1.0]), ValueError, "from -1 to 0"),
+        (_graph([0.0, 1.0], [1.0, 0.0], [1.0, 1.0]), TypeError, "float64, not integers"),
+        (_graph([0, 1], [1, 0], [[1.0], [1.0]]), ValueError, r"got \(2, 1\), \(2,\)"),
+        (_graph([0, 1], [1], [1.0, 1.0]), ValueError, "one shape"),
+        ([[0, 1], [1, 0]], TypeError, "`jraph.GraphsTuple` .* got list"),
+    ],
+)
+def test_bad_graph(graph, error, message):
+    with pytest.raises(error, match=message):
+        sevo_jax.normalized_adjacency(graph)
+
+
+def test_bad_options():
+    graph = random_graph()
+    with pytest.raises(ValueError, match="unknown `layout` 'csr', valid are .*edges.*rows"):
+        sevo_jax.normalized_adjacency(graph, layout="csr")  # pyright: ignore
+    with pytest.raises(ValueError, match="`capacity` is 5, but the graph has"):
+        sevo_jax.normalized_adjacency(graph, capacity=5)
+
+
+def test_traced_graph():
+    with pytest.raises(TypeError, match="got a traced one. Call it outside of `jit`"):
+        jax.jit(sevo_jax.smooth)(random_graph(), jnp.ones((20, 2)))
