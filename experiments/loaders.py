@@ -1,0 +1,243 @@
+"""Readers for the interaction files that recommender research passes around.
+
+`load` picks the format by the name of the file or folder. A file is read wholly or not at
+all. An unreadable one (truncated gzip, another encoding, a missing column, a row with too few
+or too many fields, an empty or non-numeric value, a user listed twice) raises `ValueError`
+with the file and line. Only plain text cut inside its very last field cannot be told from a
+whole file. What is left out on purpose is counted in `Dataset.drops`:
+
+- `duplicate_rows`: rows equal to an earlier one in every column read, where a time or a
+  position is among these; without one, an equal row may be a true repetition and is kept.
+- `min_rating`, `repeats`, `k_core`: what these options left out.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import polars as pl
+
+from experiments import dataset as data
+from experiments.dataset import Dataset, Repeats
+from experiments.readers import (
+    ROLES,
+    Format,
+    Source,
+    Table,
+    read_delimited,
+    read_id_lines,
+    read_json_lines,
+    read_parquet,
+)
+
+_FOLDER_FILES = ("interactions.csv.gz", "interactions.csv", "ratings.dat", "u.data", "*.inter")
+
+
+def load(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    encoding: str = "utf-8",
+    min_rating: float | None = None,
+    repeats: Repeats = "keep",
+    k_core: int | None = None,
+    name: str | None = None,
+) -> Dataset:
+    """Reads a file, or a folder that holds one, into a `Dataset`.
+
+    Args:
+      path: a file, plain or gzip-compressed, or a folder with `interactions.csv.gz`,
+        `ratings.dat`, `u.data` or a RecBole `.inter` file in it.
+      format: a key of `FORMATS`; by default the first whose pattern fits the file name.
+      columns: names in the file's header by role (`user`, `item`, `position`, `timestamp`,
+        `rating`) where they differ from the format's; those named here must be there.
+      encoding: of text files.
+      min_rating: leaves out interactions rated lower.
+      repeats: which of a user's interactions with one item to keep; see `drop_repeats`.
+      k_core: leaves out users and items with fewer interactions, repeatedly.
+      name: of the dataset; by default that of the folder or file.
+
+    Order: a user's interactions are sorted by `position` if there is one, else by
+    `timestamp`, else kept as in the file; equal keys keep the order of the file. The options
+    apply in the order `min_rating`, `repeats`, `k_core`.
+    """
+    path = Path(path).resolve()
+    name = name or path.name.split(".")[0]
+    if path.is_dir():
+        path = _file_in(path)
+    format = format or _format_of(path)
+    if format not in FORMATS:
+        raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {format!r}.")
+    chosen = FORMATS[format]
+    columns = dict(columns or {})
+    if (columns and not chosen.header) or not columns.keys() <= set(ROLES):
+        raise ValueError(
+            f"`columns` must name some of {', '.join(ROLES)} in a format with a header, "
+            f"got {columns} with format {format!r}."
+        )
+    raw = _read_bytes(path)
+    names = {**chosen.columns, **columns}
+    source = Source(path, raw, chosen, names, frozenset(columns), encoding)
+    frame, drops = _clean(source, chosen.read(source), min_rating)
+    try:
+        dataset = Dataset.from_interactions(
+            frame["user"],
+            frame["item"],
+            timestamps=frame["timestamp"].to_numpy() if "timestamp" in frame else None,
+            positions=frame["position"].to_numpy() if "position" in frame else None,
+            name=name,
+            drops=drops,
+        )
+    except ValueError as error:  # positions and timestamps that contradict each other
+        source.fail(str(error))
+    dataset = data.drop_repeats(dataset, repeats)
+    return dataset if k_core is None else data.k_core(dataset, k_core)
+
+
+def _file_in(folder: Path) -> Path:
+    for pattern in _FOLDER_FILES:
+        if found := sorted(folder.glob(pattern)):
+            return found[0]
+    raise ValueError(f"{folder}: holds none of {', '.join(_FOLDER_FILES)}.")
+
+
+def _format_of(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    for key, format in FORMATS.items():
+        if fnmatchcase(name, format.pattern):
+            return key
+    raise ValueError(
+        f"{path}: unknown kind of file; pass `format`, one of {', '.join(FORMATS)}."
+    )
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The content of a file, decompressed if it is gzip."""
+    raw = path.read_bytes()
+    if path.suffix == ".gz" or raw.startswith(b"\x1f\x8b"):
+        parts = []
+        while raw:  # a gzip file is one or more members
+            member = zlib.decompressobj(wbits=31)
+            try:
+                parts.append(member.decompress(raw))
+            except zlib.error as error:
+                raise ValueError(f"{path}: not a sound gzip file ({error}).") from None
+            if not member.eof:
+                line = b"".join(parts).count(b"\n") + 1
+                raise ValueError(f"{path}, line {line}: the gzip file is truncated there.")
+            raw = member.unused_data
+        raw = b"".join(parts)
+    if not raw.strip():
+        raise ValueError(f"{path}: the file is empty.")
+    return raw
+
+
+def _clean(
+    source: Source, table: Table, min_rating: float | None
+) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Types every column, drops and counts what the module's docstring says."""
+    frame = table.frame
+
+    def check(good: pl.Series, role: str, expected: str) -> None:
+        if not good.all():
+            row = int(good.arg_min() or 0)
+            found = table.frame[role][row]
+            source.fail(f"{role}: expected {expected}, found {found!r}.", table.line(row))
+
+    for role in frame.columns:
+        column = frame[role]
+        if column.dtype.is_nested():
+            source.fail(f"{role}: expected plain values, found {column.dtype}.")
+        check(column.is_not_null() & (column.cast(pl.String) != ""), role, "a value")
+        if role in ("user", "item"):
+            column = _ids(column)
+            if source.format.integer_ids or column.dtype.is_float():
+                digits = column.cast(pl.String).str.contains(r"^(0|-?[1-9]\d{0,17})$")
+                check(digits, role, "an integer id")
+        else:
+            column = _numbers(column)
+            good = column.is_not_null() & column.is_finite().fill_null(False)
+            check(good, role, "a number")
+        frame = frame.with_columns(column.alias(role))
+
+    drops = {}
+
+    def keep(kept: pl.Expr, reason: str) -> None:
+        nonlocal frame
+        before, frame = frame.height, frame.filter(kept)
+        if frame.height == 0:
+            source.fail(f"`{reason}` leaves no interaction.")
+        if frame.height < before:
+            drops[reason] = before - frame.height
+
+    frame = frame.with_row_index("row")
+    if {"position", "timestamp"} & set(frame.columns):
+        keep(pl.struct(table.frame.columns).is_first_distinct(), "duplicate_rows")
+    if "position" in frame.columns:
+        again = ~frame.select(pl.struct("user", "position").is_first_distinct()).to_series()
+        if again.any():
+            row = frame["row"].filter(again)[0]
+            source.fail("this user has the same position already.", table.line(row))
+    if min_rating is not None:
+        if "rating" not in frame.columns:
+            source.fail("`min_rating` needs a rating column; name it with `columns`.")
+        keep(pl.col("rating") >= min_rating, "min_rating")
+    return frame, drops
+
+
+def _ids(column: pl.Series) -> pl.Series:
+    """Integers where every id is one, written without leading zeros or signs; else strings."""
+    if column.dtype.is_integer() or column.dtype.is_float():
+        return column
+    text = column.cast(pl.String)
+    numbers = text.cast(pl.Int64, strict=False)
+    return numbers if (numbers.cast(pl.String) == text).fill_null(False).all() else text
+
+
+def _numbers(column: pl.Series) -> pl.Series:
+    """Int64 if every text is an integer, else Float64, null where neither; dates in seconds."""
+    if column.dtype.is_temporal():
+        return column.cast(pl.Datetime("us")).dt.epoch("us") / 1_000_000
+    if column.dtype.is_numeric():
+        return column
+    integers = column.cast(pl.String).cast(pl.Int64, strict=False)
+    return column.cast(pl.Float64, strict=False) if integers.null_count() else integers
+
+
+_PLAIN = {role: role for role in ROLES}
+_RATED = {role: role for role in ("user", "item", "rating", "timestamp")}
+_RATED_2018 = {role: role for role in ("item", "user", "rating", "timestamp")}
+_RECBOLE = {"user": "user_id", "item": "item_id", "timestamp": "timestamp", "rating": "rating"}
+_REVIEWS = {
+    "user": "reviewerID",
+    "item": "asin",
+    "timestamp": "unixReviewTime",
+    "rating": "overall",
+}
+_TIMED = frozenset({"user", "item", "timestamp"})
+
+# In the order in which `load` compares the patterns with a file's name.
+FORMATS: Mapping[str, Format] = {
+    "interactions": Format(
+        "interactions.csv",
+        read_delimited,
+        _PLAIN,
+        required=frozenset({"user", "item", "position"}),
+        integer_ids=True,
+    ),
+    "amazon-ratings": Format("ratings_*.csv", read_delimited, _RATED, header=False),
+    # The 2018 release puts the item first; its names tell nothing, so it has no pattern.
+    "amazon-ratings-2018": Format("", read_delimited, _RATED_2018, header=False),
+    "amazon-reviews": Format("*.json*", read_json_lines, _REVIEWS, required=_TIMED),
+    "movielens": Format("*.dat", read_delimited, _RATED, "::", False, integer_ids=True),
+    "movielens-tab": Format("*.data", read_delimited, _RATED, "\t", False, integer_ids=True),
+    "recbole": Format("*.inter", read_delimited, _RECBOLE, "\t"),
+    "csv": Format("*.csv", read_delimited, _PLAIN),
+    "tsv": Format("*.tsv", read_delimited, _PLAIN, "\t"),
+    "parquet": Format("*.parquet", read_parquet, _PLAIN),
+    "id-lines": Format("*.txt", read_id_lines, _PLAIN, header=False, integer_ids=True),
+}
