@@ -1,0 +1,107 @@
+"""GRU4Rec (Hidasi et al., ICLR 2016), as the SEvo paper's experiments train it."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.layers import dropout, uniform, xavier_normal
+from models.packing import Packed
+
+
+class GRU4Rec(nnx.Module):
+    """One gated recurrent layer without biases, and a dense layer back to the items' width.
+
+    Table row 0 is padding and item i lives in row i + 1. The score of an item for a state is
+    the dot product of the state with the item's row. The only dropout is on the embeddings.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        *,
+        dim: int = 64,
+        hidden_dim: int = 64,
+        max_length: int = 50,
+        dropout_rate: float = 0.4,
+        rngs: nnx.Rngs,
+    ):
+        self.max_length = max_length
+        self.dropout_rate = dropout_rate
+        self.hidden_dim = hidden_dim
+        self.item_embedding = nnx.Embed(
+            num_items + 1, dim, embedding_init=xavier_normal, rngs=rngs
+        )
+        # Xavier-uniform on the stacked [3 hidden_dim, ...] matrices of the three gates.
+        self.input_gates = nnx.Linear(
+            dim,
+            3 * hidden_dim,
+            use_bias=False,
+            kernel_init=uniform(math.sqrt(6 / (3 * hidden_dim + dim))),
+            rngs=rngs,
+        )
+        self.hidden_gates = nnx.Linear(
+            hidden_dim,
+            3 * hidden_dim,
+            use_bias=False,
+            kernel_init=uniform(math.sqrt(6 / (4 * hidden_dim))),
+            rngs=rngs,
+        )
+        dense_init = uniform(1 / math.sqrt(hidden_dim))
+        self.dense = nnx.Linear(
+            hidden_dim, dim, kernel_init=dense_init, bias_init=dense_init, rngs=rngs
+        )
+
+    def __call__(self, items: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+        """States of a right-padded batch.
+
+        Args:
+          items: int `[B, S]` table rows, oldest first, 0 for padding on the right.
+          dropout_key: a random key in training.
+
+        Returns:
+          `[B, S, dim]`; slot t is the state after the items up to t.
+        """
+        # A padding slot contributes no gradient to the table's row 0.
+        embedded = jnp.where((items > 0)[..., None], self.item_embedding(items), 0)
+        embedded = dropout(embedded, self.dropout_rate, dropout_key)
+        gates = jnp.swapaxes(self.input_gates(embedded), 0, 1)
+        return self.dense(jnp.swapaxes(self._scan(gates), 0, 1))
+
+    def packed(
+        self, embedded: jax.Array, stream: Packed, *, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """States of sequences packed in one stream; equal to the padded ones.
+
+        The products with the embeddings and the dense layer run over the stream; only the
+        recurrence itself runs over a padded `[max_length, B]` grid.
+
+        Args:
+          embedded: `[T, dim]`, the rows of the item table for the slots of the stream.
+          stream: B sequences of at most `max_length` items.
+          dropout_key: a random key in training.
+
+        Returns:
+          `[T, dim]`; unused slots hold arbitrary finite values.
+        """
+        embedded = dropout(embedded, self.dropout_rate, dropout_key)
+        gates = self.input_gates(embedded)
+        first = jnp.cumsum(stream.lengths) - stream.lengths
+        slots = first + jnp.arange(self.max_length)[:, None]  # [max_length, B]
+        states = self._scan(gates[jnp.minimum(slots, len(embedded) - 1)])
+        return self.dense(states[stream.offset, stream.segment])
+
+    def _scan(self, gates: jax.Array) -> jax.Array:
+        """Input gates `[S, B, 3 hidden_dim]` to hidden states `[S, B, hidden_dim]`."""
+
+        def step(hidden: jax.Array, inputs: jax.Array):
+            reset_in, update_in, new_in = jnp.split(inputs, 3, axis=-1)
+            reset_h, update_h, new_h = jnp.split(self.hidden_gates(hidden), 3, axis=-1)
+            update = nnx.sigmoid(update_in + update_h)
+            new = jnp.tanh(new_in + nnx.sigmoid(reset_in + reset_h) * new_h)
+            hidden = (1 - update) * new + update * hidden
+            return hidden, hidden
+
+        start = jnp.zeros((gates.shape[1], self.hidden_dim), gates.dtype)
+        return jax.lax.scan(step, start, gates)[1]
