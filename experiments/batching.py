@@ -1,0 +1,176 @@
+"""Batches for next-item training, drawn on the device inside the compiled epoch.
+
+All training data lives on the device as a few ragged arrays. A batch is a set of *windows*,
+stretches of users' sequences in which every item is a target for the items before it; the
+windows are packed into one stream (`models.packing`), and negatives are drawn uniformly from
+the items that the user never trained on.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.packing import Packed, pack
+
+Windows = Literal["last", "prefixes"]
+
+
+class TrainData(NamedTuple):
+    """What an epoch is drawn from: W windows over `num_train` interactions of U users."""
+
+    values: jax.Array  # int32 [num_train], items
+    starts: jax.Array  # int32 [W], a window's first input in `values`
+    lengths: jax.Array  # int32 [W], its number of inputs; the target of each is the next item
+    warm_up: jax.Array  # int32 [W], inputs at the window's start whose targets do not count
+    users: jax.Array  # int32 [W]
+    seen_gaps: jax.Array  # int32 [sum of n_u], see `draw_negatives`
+    seen_splits: jax.Array  # int32 [U + 1]
+    num_items: jax.Array  # int32 []
+
+    @property
+    def num_windows(self) -> int:
+        return self.starts.shape[0]
+
+    @property
+    def num_targets(self) -> jax.Array:
+        """Targets that count in one epoch, int32 `[]`."""
+        return (self.lengths - self.warm_up).sum()
+
+
+class Batch(NamedTuple):
+    """A packed stream of T slots with table rows (item + 1, 0 for an unused slot)."""
+
+    stream: Packed
+    inputs: jax.Array  # int32 [T]
+    targets: jax.Array  # int32 [T]
+    negatives: jax.Array  # int32 [T]
+    weights: jax.Array  # float32 [T], 1 where the target counts
+
+
+def training_data(
+    train: tuple[np.ndarray, np.ndarray],
+    num_items: int,
+    *,
+    max_length: int,
+    windows: Windows = "last",
+) -> TrainData:
+    """Lays out users' training sequences for `sample_batch`.
+
+    Args:
+      train: items and row splits, as `Split.train`.
+      num_items: the size of the catalogue.
+      max_length: the longest input.
+      windows: `"last"` takes each user's last `max_length` inputs, in which every item is a
+        target (SASRec). `"prefixes"` covers all of a user's items: beyond the first
+        `max_length` inputs, further windows begin half a length later each and count only
+        the targets not yet counted, so that each has between half and a whole length of
+        history (GRU4Rec, whose every prefix is a sample).
+    """
+    values, splits = train
+    num_inputs = np.maximum(np.diff(splits) - 1, 0)
+    begin, end = splits[:-1], splits[:-1] + num_inputs
+    if windows == "last":
+        users = np.flatnonzero(num_inputs)
+        start = np.maximum(begin, end - max_length)[users]
+        length = end[users] - start
+        warm_up = np.zeros(len(users))
+    elif windows == "prefixes":
+        hop = max(1, max_length // 2)
+        extra = np.maximum(0, -(-(num_inputs - max_length) // hop))
+        users = np.repeat(np.arange(len(begin)), np.where(num_inputs > 0, 1 + extra, 0))
+        first = np.concatenate([[True], np.diff(users) > 0])
+        place = np.arange(len(users)) - np.maximum.accumulate(
+            np.where(first, np.arange(len(users)), 0)
+        )
+        start = begin[users] + place * hop
+        length = np.minimum(end[users] - start, max_length)
+        warm_up = np.where(first, 0, max_length - hop)
+    else:
+        raise ValueError(f'`windows` must be "last" or "prefixes", got {windows!r}.')
+    if len(users) == 0:
+        raise ValueError("no user has the two training interactions that a target needs.")
+    gaps, gap_splits = _seen(values, splits, num_items)
+    arrays = (values, start, length, warm_up, users, gaps, gap_splits, num_items)
+    return TrainData(*(jnp.asarray(array, jnp.int32) for array in arrays))
+
+
+def _seen(values: np.ndarray, splits: np.ndarray, num_items: int):
+    """Each user's distinct items s_0 < s_1 < ... as s_j - j: the unseen items below s_j."""
+    users = np.repeat(np.arange(len(splits) - 1), np.diff(splits))
+    pairs = np.unique(users * num_items + values)
+    counts = np.bincount(pairs // num_items, minlength=len(splits) - 1)
+    if counts.max() >= num_items:
+        user = int(counts.argmax())
+        raise ValueError(
+            f"user {user} has trained on all {num_items} items, so no negative can be drawn."
+        )
+    seen_splits = np.concatenate([[0], np.cumsum(counts)])
+    place = np.arange(len(pairs)) - np.repeat(seen_splits[:-1], counts)
+    return pairs % num_items - place, seen_splits
+
+
+def epoch_order(key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
+    """A random partition of the windows, int32 `[steps, batch_size]`.
+
+    The last batch may be partial; its free places hold `num_windows`, a window of length 0.
+    """
+    order = jax.random.permutation(key, data.num_windows)
+    missing = -data.num_windows % batch_size
+    order = jnp.pad(order, (0, missing), constant_values=data.num_windows)
+    return order.reshape(-1, batch_size).astype(jnp.int32)
+
+
+def most_slots(order: jax.Array, data: TrainData) -> jax.Array:
+    """The slots that the longest batch of an epoch takes, int32 `[]`."""
+    return _padded(data.lengths)[order].sum(axis=1).max()
+
+
+def sample_batch(key: jax.Array, data: TrainData, windows: jax.Array, num_slots: int) -> Batch:
+    """Packs `windows` `[batch_size]` into `num_slots` slots and draws a negative for each."""
+    stream = pack(_padded(data.starts)[windows], _padded(data.lengths)[windows], num_slots)
+    used = stream.used
+    window = jnp.append(windows, data.num_windows)[stream.segment]
+    counts = used & (stream.offset >= _padded(data.warm_up)[window])
+    index = jnp.where(used, stream.index, 0)
+    negatives = draw_negatives(key, data, _padded(data.users)[window])
+
+    def rows(items: jax.Array) -> jax.Array:
+        return jnp.where(used, items + 1, 0)
+
+    return Batch(
+        stream,
+        rows(data.values[index]),
+        rows(data.values[index + 1]),
+        rows(negatives),
+        counts.astype(jnp.float32),
+    )
+
+
+def draw_negatives(key: jax.Array, data: TrainData, users: jax.Array) -> jax.Array:
+    """One item for each entry of `users` `[T]`, uniform over those the user has not seen.
+
+    No rejection: the r-th unseen item is r plus the number of seen items s_j (ascending) with
+    s_j - j <= r, found by a binary search in the user's row of `seen_gaps`.
+    """
+    first, end = data.seen_splits[users], data.seen_splits[users + 1]
+    rank = jax.random.randint(key, users.shape, 0, data.num_items - (end - first))
+
+    def halve(bounds):
+        low, high = bounds
+        middle = (low + high) // 2
+        open_, below = low < high, data.seen_gaps[middle] <= rank
+        return jnp.where(open_ & below, middle + 1, low), jnp.where(
+            open_ & ~below, middle, high
+        )
+
+    low, _ = jax.lax.while_loop(
+        lambda bounds: (bounds[0] < bounds[1]).any(), halve, (first, end)
+    )
+    return rank + low - first
+
+
+def _padded(array: jax.Array) -> jax.Array:
+    """With a zero at the end, for the windows that fill up a partial batch."""
+    return jnp.append(array, 0)

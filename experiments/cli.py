@@ -1,0 +1,115 @@
+"""The command line: `python -m experiments train` and `recommend`."""
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from experiments.config import Config, Model, Optimizer, Placement, preset
+
+
+@dataclass
+class Train:
+    """Train backbones and rank all items for every user.
+
+    Without options: SASRec on the generated data, AdamW against SEvo-AdamW. An option that is
+    not given comes from the preset of the model and the dataset, which holds the paper's
+    settings where the paper has any.
+    """
+
+    data: str = "synthetic"
+    """A folder or file to load, or `synthetic` for the generated data."""
+    model: Model = "sasrec"
+    optimizers: tuple[Optimizer, ...] = ("adamw", "sevo_adamw")
+    """Each is trained in turn on the same data and seeds."""
+    seeds: tuple[int, ...] = (0,)
+    """Trained together in one compiled program."""
+    out: Path | None = None
+    """Where runs are kept, a folder for each optimizer; by default runs/DATA-MODEL."""
+    resume: bool = False
+    """Go on from the newest checkpoints in `out`."""
+    preset: str | None = None
+    """The dataset whose preset to take, if not that of `data`."""
+    data_format: str | None = None
+    """The format of the file, if its name does not tell."""
+    k_core: int | None = None
+    """Leave out users and items with fewer interactions."""
+    placement: Placement | None = None
+    """Smooth Adam's `update` (the paper) or the `gradient`; for optimizers with SEvo."""
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    b1: float | None = None
+    b2: float | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    beta: float | None = None
+    """Strength of the smoothing, in [0, 1)."""
+    num_layers: int | None = None
+    """How many hops the smoothing reaches, the paper's L."""
+    method: Literal["neumann", "iterative"] | None = None
+    rescale: bool | None = None
+    correct_moments: bool | None = None
+    graph_window: int | None = None
+    graph_distance: int | None = None
+    loss: Literal["bce", "bpr"] | None = None
+    batch_size: int | None = None
+    max_length: int | None = None
+    dim: int | None = None
+    num_blocks: int | None = None
+    num_heads: int | None = None
+    dropout_rate: float | None = None
+    epochs: int | None = None
+    eval_every: int | None = None
+
+    def config(self, optimizer: Optimizer, dataset: str) -> Config:
+        names = {field.name for field in fields(Config)} & {
+            field.name for field in fields(self)
+        }
+        given = {name: getattr(self, name) for name in names - {"model"}}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not optimizer.startswith("sevo_"):
+            given.pop("placement", None)
+        return preset(self.model, self.preset or dataset, optimizer, **given)
+
+
+@dataclass
+class Recommend:
+    """Print the best next items for a history, from a run's checkpoint."""
+
+    run: Path
+    """The folder of a run, such as runs/synthetic-sasrec/sevo_adamw."""
+    history: tuple[str, ...]
+    """External item ids, oldest first."""
+    top: int = 10
+    """How many items to print."""
+    seed: int | None = None
+    """Which of the run's seeds; the first by default."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs a command; bad input ends with a message and exit status 2."""
+    args = sys.argv[1:] if args is None else args
+    commands = (
+        Annotated[Train, tyro.conf.subcommand("train")]
+        | Annotated[Recommend, tyro.conf.subcommand("recommend")]
+    )
+    command = tyro.cli(
+        commands, prog="python -m experiments", args=args or ["train"], description=__doc__
+    )
+    try:
+        if isinstance(command, Train):
+            from experiments.main_job import train
+
+            train(command)
+        else:
+            from experiments.recommend import recommend
+
+            recommend(command)
+    except (ValueError, TypeError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume goes on", file=sys.stderr)
+        sys.exit(130)

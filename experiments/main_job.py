@@ -1,0 +1,151 @@
+"""The main job: train every optimizer asked for, show how it goes, compare at the end."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from experiments.config import Config
+from experiments.dataset import Dataset, leave_one_out
+from experiments.loaders import load
+from experiments.plots import plot_run
+from experiments.published import published
+from experiments.ranking import METRICS
+from experiments.run import SELECTION, Progress, Result, fit
+from experiments.synthetic import synthetic
+
+if TYPE_CHECKING:
+    from experiments.cli import Train
+
+
+def train(options: "Train", console: Console | None = None) -> list[Result]:
+    """Runs `python -m experiments train`."""
+    console = console or Console()
+    dataset = load_data(options)
+    split = leave_one_out(dataset)
+    out = options.out or Path("runs") / f"{dataset.name}-{options.model}"
+    console.print(
+        f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
+        f"{dataset.num_interactions:,} interactions, {split.num_train:,} of them for training"
+    )
+    for reason, count in dataset.drops.items():
+        console.print(f"left out: {count:,} interactions ({reason})")
+    configs = [options.config(optimizer, dataset.name) for optimizer in options.optimizers]
+    results = []
+    for config in configs:
+        folder = out / config.label
+        with _show(console, config) as report:
+            results.append(
+                fit(
+                    config,
+                    split,
+                    options.seeds,
+                    folder,
+                    source=options.data,
+                    resume=options.resume,
+                    report=report,
+                )
+            )
+        plot_run(folder)
+        console.print(f"{config.label}: records, checkpoint and curves.png are in {folder}")
+    console.print(results_table(results, dataset.name))
+    return results
+
+
+def load_data(options: "Train") -> Dataset:
+    if options.data == "synthetic":
+        return synthetic()
+    return load(options.data, format=options.data_format, k_core=options.k_core)
+
+
+class _show:
+    """A live line on a terminal; a plain line for every validation elsewhere."""
+
+    def __init__(self, console: Console, config: Config):
+        self.console, self.config = console, config
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[state]}"),
+        )
+        self.bar = Bar(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task(config.label, total=config.epochs, state="compiling")
+        self.start, self.reports = (0, 0.0), 0
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        epoch, epochs = progress.epoch, self.config.epochs
+        # What comes first, after a start or a resumption, includes the compilation.
+        if self.reports < 2:
+            self.start = (epoch, progress.seconds)
+        self.reports += 1
+        done = epoch - self.start[0]
+        per_epoch = (progress.seconds - self.start[1]) / done if done else float("nan")
+        state = (
+            f"epoch {epoch}/{epochs}  loss {_mean(progress.loss)}  "
+            f"valid {SELECTION} {_mean(progress.valid)} (best {_mean(progress.best)})  "
+            f"{per_epoch:.2f} s/epoch  {_clock(per_epoch * (epochs - epoch))} left"
+        )
+        self.bar.update(self.task, completed=epoch, state=state)
+        validated = epoch % self.config.eval_every == 0 or epoch == epochs
+        if not self.console.is_terminal and validated:
+            self.console.print(f"{self.config.label}  {state}", soft_wrap=True)
+
+
+def _mean(values: np.ndarray) -> str:
+    return "-" if np.isnan(values).any() else f"{values.mean():.4f}"
+
+
+def _clock(seconds: float) -> str:
+    if seconds != seconds:
+        return "-"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def results_table(results: list[Result], dataset: str) -> Table:
+    """Test metrics, mean and spread over seeds, beside published ones and the gain."""
+    seeds = len(results[0].seeds)
+    table = Table(title=f"Test at the best validation {SELECTION}, {seeds} seed(s)")
+    table.add_column("optimizer")
+    for name in METRICS:
+        table.add_column(name, justify="right")
+    table.add_column("best epoch", justify="right")
+    for result in results:
+        cells = [_spread(result.test[name]) for name in METRICS]
+        epochs = " ".join(map(str, result.best_epoch))
+        table.add_row(result.config.label, *cells, epochs)
+        if known := published(result.config, dataset):
+            cells = [_published(known.get(name)) for name in METRICS]
+            table.add_row("  published", *cells, "", style="dim")
+    base = next((r for r in results if not r.config.optimizer.startswith("sevo_")), None)
+    for result in results:
+        if base is not None and result.config.optimizer == f"sevo_{base.config.optimizer}":
+            gains = (
+                result.test[n].mean() / max(base.test[n].mean(), 1e-12) - 1 for n in METRICS
+            )
+            name = f"gain over {base.config.label}"
+            table.add_row(name, *(f"{gain:+.1%}" for gain in gains), "", style="bold")
+    return table
+
+
+def _spread(values: np.ndarray) -> str:
+    spread = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{values.mean():.4f}{spread}"
+
+
+def _published(value: tuple[float, float | None] | None) -> str:
+    if value is None:
+        return "-"
+    mean, spread = value
+    return f"{mean:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")

@@ -1,0 +1,58 @@
+"""The best next items for a history, from a run's checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments.run import load_run
+from models.packing import pack
+
+if TYPE_CHECKING:
+    from experiments.cli import Recommend
+
+
+def top_items(
+    folder: str | Path, history: Sequence[str], top: int = 10, seed: int | None = None
+) -> list[tuple[str, float]]:
+    """External ids and scores of the `top` items that `history` does not hold, best first.
+
+    Args:
+      folder: of a run.
+      history: external item ids, oldest first, at least one.
+      top: how many items, at most all that are not in the history.
+      seed: one of the run's seeds; the first by default.
+    """
+    if not history:
+        raise ValueError("`history` must hold at least one item.")
+    if top < 1:
+        raise ValueError(f"`top` must be at least 1, got {top}.")
+    module, item_ids, config = load_run(folder, seed)
+    known = {str(external): item for item, external in enumerate(item_ids)}
+    if unknown := [external for external in history if str(external) not in known]:
+        raise ValueError(
+            f"`history` holds items that the run does not know: {', '.join(unknown[:5])}. "
+            f"Its {len(item_ids):,} items are named like {item_ids[0]}."
+        )
+    items = np.array([known[str(external)] for external in history])
+    newest = items[-config.max_length :]
+    stream = pack(jnp.array([0]), jnp.array([len(newest)]), config.max_length)
+    rows = jnp.where(stream.used, jnp.pad(newest + 1, (0, config.max_length))[stream.index], 0)
+    states = module.packed(module.item_embedding(rows), stream)
+    scores = np.array(module.item_embedding.embedding[1:] @ states[stream.last[0]])
+    scores[items] = -np.inf
+    best = np.argsort(-scores, kind="stable")[: min(top, int(np.isfinite(scores).sum()))]
+    return [(str(item_ids[item]), float(scores[item])) for item in best]
+
+
+def recommend(options: "Recommend", console: Console | None = None) -> None:
+    """Runs `python -m experiments recommend`."""
+    table = Table("rank", "item", "score")
+    found = top_items(options.run, options.history, options.top, options.seed)
+    for rank, (item, score) in enumerate(found, start=1):
+        table.add_row(str(rank), item, f"{score:.4f}")
+    (console or Console()).print(table)

@@ -1,0 +1,46 @@
+"""Records: one JSON line per epoch and evaluation. Tables and figures are made from these."""
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+FILE = "records.jsonl"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, for every evaluation's record."""
+    packages = ("jax", "flax", "optax", "numpy")
+    device = jax.devices()[0]
+    affinity = getattr(os, "sched_getaffinity", None)  # on Linux, the cores that we may use
+    return {
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "device": f"{jax.device_count()} {device.platform} ({device.device_kind})",
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+    }
+
+
+def append(path: Path, records: Iterable[dict[str, Any]]) -> int:
+    """Adds records to a file and returns its new length in bytes."""
+    lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All records of a file; a line that is not JSON is an error that names it."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not a record ({error}).") from None
+    return records
