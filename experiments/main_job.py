@@ -1,5 +1,6 @@
 """The main job: train every optimizer asked for, show how it goes, compare at the end."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 def train(options: "Train", console: Console | None = None) -> list[Result]:
     """Runs `python -m experiments train`."""
-    console = console or Console()
+    # In a file or a pipe nothing says how wide the table may be.
+    console = console or Console(width=None if sys.stdout.isatty() else 140)
     dataset = load_data(options)
     split = leave_one_out(dataset)
     out = options.out or Path("runs") / f"{dataset.name}-{options.model}"
@@ -115,27 +117,25 @@ def _clock(seconds: float) -> str:
 
 def results_table(results: list[Result], dataset: str) -> Table:
     """Test metrics, mean and spread over seeds, beside published ones and the gain."""
-    seeds = len(results[0].seeds)
-    table = Table(title=f"Test at the best validation {SELECTION}, {seeds} seed(s)")
-    table.add_column("optimizer")
-    for name in METRICS:
-        table.add_column(name, justify="right")
-    table.add_column("best epoch", justify="right")
-    for result in results:
-        cells = [_spread(result.test[name]) for name in METRICS]
-        epochs = " ".join(map(str, result.best_epoch))
-        table.add_row(result.config.label, *cells, epochs)
-        if known := published(result.config, dataset):
-            cells = [_published(known.get(name)) for name in METRICS]
-            table.add_row("  published", *cells, "", style="dim")
+    columns: dict[str, list[str]] = {}
     base = next((r for r in results if not r.config.optimizer.startswith("sevo_")), None)
     for result in results:
+        label = result.config.label
+        columns[label] = [_spread(result.test[name]) for name in METRICS]
+        columns[label].append(" ".join(map(str, result.best_epoch)))
+        if known := published(result.config, dataset):
+            columns[f"published {label}"] = [_published(known.get(name)) for name in METRICS]
         if base is not None and result.config.optimizer == f"sevo_{base.config.optimizer}":
-            gains = (
-                result.test[n].mean() / max(base.test[n].mean(), 1e-12) - 1 for n in METRICS
-            )
-            name = f"gain over {base.config.label}"
-            table.add_row(name, *(f"{gain:+.1%}" for gain in gains), "", style="bold")
+            means = [(result.test[n].mean(), base.test[n].mean()) for n in METRICS]
+            columns[f"gain over {base.config.label}"] = [
+                f"{ours / theirs - 1:+.1%}" if theirs else "-" for ours, theirs in means
+            ]
+    table = Table(title=f"Test at the best validation {SELECTION}: mean ± spread over seeds")
+    table.add_column("metric", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, name in enumerate((*METRICS, "best epoch")):
+        table.add_row(name, *("".join(cells[row : row + 1]) for cells in columns.values()))
     return table
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sevo_jax.adjacency import Graph, normalized_adjacency
@@ -243,6 +244,6 @@ def _touched_rows(updates: optax.Updates, touched: Any) -> Any:
 
     if touched is None:
         return jax.tree.map(nonzero, updates)
-    if isinstance(touched, jax.typing.ArrayLike):
+    if isinstance(touched, jax.Array | np.ndarray):
         return jax.tree.map(lambda g: given(g, touched), updates)
     return jax.tree.map(given, updates, touched)

@@ -195,13 +195,11 @@ def _alias(factory: Callable[..., Any], *args: Any, **fixed: Any) -> Factory:
 
 
 PLACEMENTS: dict[str, Factory] = {
-    "sevo_adamw": _alias(sevo_jax.sevo_adamw, 0.03, weight_decay=0.0),
-    "sevo_adamw_decayed": _alias(sevo_jax.sevo_adamw, 0.03, weight_decay=1e-4),
+    "sevo_adamw": _alias(sevo_jax.sevo_adamw, 0.03, weight_decay=1e-4),
     "sevo_adamw_uncorrected": _alias(
         sevo_jax.sevo_adamw, 0.03, correct_moments=False, weight_decay=0.0
     ),
-    "sevo_adam": _alias(sevo_jax.sevo_adam, 0.03),
-    "sevo_adam_decayed": _alias(sevo_jax.sevo_adam, 0.03, weight_decay=1e-4),
+    "sevo_adam": _alias(sevo_jax.sevo_adam, 0.03, weight_decay=1e-4),
     "sevo_sgd": _alias(sevo_jax.sevo_sgd, 0.03),
     "sevo_sgd_nesterov": _alias(sevo_jax.sevo_sgd, 0.03, nesterov=True, weight_decay=1e-4),
     "chain_gradient_adamw": _gradient_adamw,

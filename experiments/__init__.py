@@ -1,0 +1,1 @@
+"""Train and rank on real data: `python -m experiments`."""

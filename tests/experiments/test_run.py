@@ -1,0 +1,316 @@
+"""Runs as a whole: records, checkpoints, resumption after a kill, the commands."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from rich.console import Console
+
+from experiments import cli, main_job, records
+from experiments.config import PRESETS, Config, preset
+from experiments.dataset import leave_one_out
+from experiments.published import published
+from experiments.ranking import METRICS
+from experiments.recommend import top_items
+from experiments.run import fit
+from experiments.synthetic import synthetic
+
+ROOT = Path(__file__).parents[2]
+TINY = Config(dim=8, max_length=10, batch_size=32, epochs=3, eval_every=2)
+
+
+@pytest.fixture(scope="module")
+def split():
+    return leave_one_out(synthetic(num_users=120, num_items=100, num_communities=2))
+
+
+@pytest.fixture(scope="module")
+def finished(split, tmp_path_factory):
+    """A finished run of two seeds, and its folder."""
+    folder = tmp_path_factory.mktemp("run") / "sevo_adamw"
+    return fit(TINY, split, (3, 5), folder, source="here"), folder
+
+
+def without_times(folder: Path) -> list[dict]:
+    return [
+        {k: v for k, v in r.items() if k != "seconds"}
+        for r in records.read(folder / records.FILE)
+    ]
+
+
+def test_records_hold_every_evaluation(finished, split):
+    result, folder = finished
+    found = records.read(folder / records.FILE)
+    kinds = [(r["kind"], r["epoch"], r["seed"]) for r in found]
+    expected = []
+    for epoch in range(4):
+        expected += [("epoch", epoch, seed) for seed in (3, 5) if epoch > 0]
+        expected += [("valid", epoch, seed) for seed in (3, 5) if epoch in (0, 2, 3)]
+    assert kinds[: len(expected)] == expected
+    assert [kind for kind, *_ in kinds[len(expected) :]] == ["test"] * 2 + ["last_test"] * 2
+    for record in found:
+        if record["kind"] != "epoch":
+            assert Config(**record["config"]) == TINY
+            assert record["data"]["train"] == split.num_train
+            assert {"jax", "python"} <= set(record["versions"])
+            assert set(METRICS) <= set(record)
+    tests = [r["NDCG@10"] for r in found if r["kind"] == "test"]
+    np.testing.assert_array_equal(tests, result.test["NDCG@10"])
+
+
+def test_the_best_epoch_is_the_one_with_the_highest_validation(finished):
+    result, folder = finished
+    valid = [r for r in records.read(folder / records.FILE) if r["kind"] == "valid"]
+    for seed, best in zip(result.seeds, result.best_epoch, strict=True):
+        curve = {r["epoch"]: r["NDCG@10"] for r in valid if r["seed"] == seed}
+        assert curve[best] == max(curve.values())
+        assert all(curve[e] < curve[best] for e in curve if e < best)  # the earliest of equals
+
+
+def test_seeds_do_not_depend_on_their_company(finished, split, tmp_path):
+    result, _ = finished
+    alone = fit(TINY, split, (5,), tmp_path / "alone")
+    for name in METRICS:
+        np.testing.assert_array_equal(alone.test[name], result.test[name][1:])
+
+
+def test_per_user_ranks_give_the_reported_metric(finished):
+    result, folder = finished
+    kept = np.load(folder / "ranks.npz")
+    assert kept["above"].shape == (2, len(kept["users"]))
+    exact = kept["ties"] == 0
+    place = kept["above"] + 1
+    hits = np.where(exact, place <= 10, np.nan)
+    assert exact.all()
+    np.testing.assert_allclose(hits.mean(axis=1), result.test["HR@10"])
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(finished, split):
+    _, folder = finished
+    before = (folder / records.FILE).read_bytes()
+    with pytest.raises(
+        ValueError, match="`folder` .* holds a run; resume it or choose another"
+    ):
+        fit(TINY, split, (3, 5), folder)
+    with pytest.raises(ValueError, match="other settings.*learning_rate"):
+        fit(replace(TINY, learning_rate=0.5), split, (3, 5), folder, source="here", resume=True)
+    with pytest.raises(ValueError, match="other settings.*seeds"):
+        fit(TINY, split, (3,), folder, source="here", resume=True)
+    assert (folder / records.FILE).read_bytes() == before
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, split):
+    _, folder = finished
+    before = without_times(folder)
+    fit(TINY, split, (3, 5), folder, source="here", resume=True)
+    assert without_times(folder) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(split, tmp_path):
+    wild = replace(TINY, optimizer="sgd", learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match="the loss of seed 0 is not finite in epoch 1"):
+        fit(wild, split, (0,), tmp_path / "wild")
+
+
+@pytest.mark.parametrize("seeds", [(), (1, 1)])
+def test_seeds_are_checked(split, tmp_path, seeds):
+    with pytest.raises(ValueError, match="`seeds` must be distinct and at least one"):
+        fit(TINY, split, seeds, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+COMMAND = [sys.executable, "-m", "experiments", "train"]
+OPTIONS = "--optimizers sevo_adamw --seeds 0 1 --epochs 12 --eval-every 3 --dim 8"
+
+
+def command(data: Path, out: Path, *more: str) -> list[str]:
+    options = f"{OPTIONS} --data {data} --out {out} --max-length 10 --batch-size 16"
+    return [*COMMAND, *options.split(), *more]
+
+
+def final_state(folder: Path):
+    """Every array of the newest checkpoint, as bytes."""
+    with ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
+        restored = manager.restore(
+            manager.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore())
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(restored["state"])
+    return {
+        jax.tree_util.keystr(path): np.asarray(
+            jax.random.key_data(leaf)
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else leaf
+        ).tobytes()
+        for path, leaf in leaves
+    }
+
+
+@pytest.fixture(scope="module")
+def csv(split, tmp_path_factory) -> Path:
+    dataset = split.dataset
+    path = tmp_path_factory.mktemp("data") / "small.csv"
+    rows = zip(dataset.users, dataset.values, range(dataset.num_interactions), strict=True)
+    path.write_text("user,item,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    return path
+
+
+def start(arguments: list[str], folder: Path) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        arguments, env=environment, cwd=folder, stdout=subprocess.DEVNULL, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(csv, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    assert start(command(csv, out), out).wait(timeout=500) == 0
+    return out / "sevo_adamw"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_resumes_to_the_same_bits(csv, uninterrupted, tmp_path, how):
+    """The process is stopped in the middle of training; nothing but time may differ."""
+    process = start(command(csv, tmp_path), tmp_path)
+    folder = tmp_path / "sevo_adamw"
+    log = folder / records.FILE
+    deadline = time.monotonic() + 500
+    while not (log.exists() and log.read_text().count('"kind": "epoch"') >= 4):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+    assert process.wait(timeout=100) == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    done = max(r["epoch"] for r in records.read(log) if r["kind"] == "epoch")
+    assert 2 <= done < 12
+    assert start(command(csv, tmp_path, "--resume"), tmp_path).wait(timeout=500) == 0
+    assert without_times(folder) == without_times(uninterrupted)
+    assert final_state(folder) == final_state(uninterrupted)
+
+
+def test_recommend_leaves_out_the_history(finished, split):
+    _, folder = finished
+    names = split.dataset.item_ids
+    history = [str(names[i]) for i in split.dataset.sequence(0)]
+    found = top_items(folder, history, top=7, seed=5)
+    assert len({item for item, _ in found}) == 7
+    assert not {item for item, _ in found} & set(history)
+    scores = [score for _, score in found]
+    assert scores == sorted(scores, reverse=True)
+    everything = top_items(folder, history, top=1000)
+    assert len(everything) == split.dataset.num_items - len(set(history))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"history": []}, "`history` must hold at least one item"),
+        ({"history": ["c00-0000", "nothing"]}, "does not know: nothing"),
+        ({"top": 0}, "`top` must be at least 1"),
+        ({"seed": 9}, r"`seed` must be one of the run's \[3, 5\], got 9"),
+    ],
+)
+def test_recommend_says_what_is_wrong(finished, arguments, message):
+    _, folder = finished
+    with pytest.raises(ValueError, match=message):
+        top_items(folder, **({"history": ["c00-0000"]} | arguments))
+
+
+def test_recommend_needs_a_run(tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        top_items(tmp_path, ["1"])
+
+
+def test_train_command_compares_and_draws(csv, tmp_path, capsys):
+    """The table names both optimizers and the gain; the files that it promises are there."""
+    out = tmp_path / "out"
+    options = f"train --data {csv} --out {out} --epochs 1 --dim 8 --max-length 10 --seeds 0 1"
+    cli.main(options.split())
+    printed = capsys.readouterr().out
+    for text in ("120 users", "sevo_adamw", "gain over adamw", "NDCG@10", "±"):
+        assert text in printed
+    for label in ("adamw", "sevo_adamw"):
+        folder = out / label
+        assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert (folder / records.FILE).exists() and any((folder / "checkpoints").iterdir())
+
+
+def test_gradient_placement_and_gru4rec_run(csv, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = (
+        f"train --model gru4rec --data {csv} --out {out} --epochs 1 --dim 8 --max-length 10"
+    )
+    cli.main(
+        [*options.split(), "--optimizers", "sevo_adamw", "sevo_sgd", "--placement", "gradient"]
+    )
+    assert "sevo_sgd-gradient" in capsys.readouterr().out
+    assert (out / "sevo_adamw-gradient" / "ranks.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("train --data no_such_folder", "no_such_folder"),
+        ("train --beta 1.5", "`beta` must be in"),
+        ("train --epochs -1", "`epochs` must be positive"),
+        ("recommend --run . --history 1", "holds no run"),
+    ],
+)
+def test_bad_input_ends_with_a_message(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(options.split())
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_that_is_not_json_is_named(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"kind": "epoch"}\nnot json\n')
+    with pytest.raises(ValueError, match="records.jsonl, line 2"):
+        records.read(path)
+
+
+def test_presets_are_valid_and_published_numbers_need_them():
+    for model, dataset in PRESETS:
+        for optimizer in ("adamw", "sevo_adamw", "adam", "sevo_adam", "sgd", "sevo_sgd"):
+            config = preset(model, dataset, optimizer)
+            assert config.weight_decay == 0 or optimizer.endswith("adamw")
+    beauty = preset("sasrec", "amazon_beauty", "sevo_adamw")
+    known = published(beauty, "amazon_beauty")
+    assert known is not None and known["NDCG@10"] == (0.04113, 0.00133)
+    assert published(replace(beauty, beta=0.5), "amazon_beauty") is None
+    assert published(beauty, "synthetic") is None
+
+
+def test_results_table_shows_published_numbers(finished):
+    result, _ = finished
+    beauty = replace(result, config=preset("sasrec", "amazon_beauty", "sevo_adamw"))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(main_job.results_table([beauty], "amazon_beauty"))
+    assert "0.0411 ± 0.0013" in console.export_text()
+
+
+def test_config_rejects_what_it_does_not_know():
+    with pytest.raises(ValueError, match="`optimizer` must be one of"):
+        Config(optimizer="adamax")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='`placement` "gradient" needs an optimizer with SEvo'):
+        Config(optimizer="adamw", placement="gradient")
+    with pytest.raises(ValueError, match="`batch_size` must be positive"):
+        Config(batch_size=0)
+
+
+def test_run_file_is_complete(finished):
+    _, folder = finished
+    held = json.loads((folder / "run.json").read_text())
+    assert Config(**held["config"]) == TINY and held["seeds"] == [3, 5]

@@ -1,0 +1,100 @@
+"""Small batches that the model tests share, padded and packed by plain Python."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from scipy import stats
+
+from models.packing import Packed, pack
+
+# Table rows: of full length, of length 1, of all lengths between; no row twice, so that a
+# gradient with respect to a row of the table belongs to one slot.
+MAX_LENGTH = 5
+SEQUENCES = ([3, 1, 12], [9], [4, 8, 2, 11, 6], [5, 7], [14, 10, 15, 13])
+NUM_ITEMS = 16
+
+# Where packed and padded forms, or JAX and NumPy, must agree: dtype, absolute tolerance.
+PRECISIONS = [("float32", 1e-6), ("float64", 1e-12)]
+
+
+def precision(dtype: str):
+    """A context in which JAX computes in `dtype`."""
+    return jax.enable_x64(dtype == "float64")
+
+
+def padded(
+    sequences: Sequence[Sequence[int]], max_length: int, side: Literal["left", "right"] = "left"
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """`[B, S]` with zeros on one side, and the (row, column) of each item in packed order."""
+    batch = np.zeros((len(sequences), max_length), np.int32)
+    places = []
+    for row, sequence in enumerate(sequences):
+        for t, item in enumerate(sequence):
+            column = t + (max_length - len(sequence) if side == "left" else 0)
+            batch[row, column] = item
+            places.append((row, column))
+    rows, columns = np.array(places, int).reshape(-1, 2).T
+    return batch, (rows, columns)
+
+
+def packed(sequences: Sequence[Sequence[int]], num_slots: int) -> tuple[np.ndarray, Packed]:
+    """Table rows `[num_slots]`, 0 where unused, and the stream of the same sequences."""
+    items = [item for sequence in sequences for item in sequence]
+    lengths = np.array([len(sequence) for sequence in sequences])
+    rows = np.zeros(num_slots, np.int32)
+    rows[: len(items)] = items
+    return rows, pack(np.cumsum(lengths) - lengths, lengths, num_slots)
+
+
+def abstract(build: Callable[[nnx.Rngs], nnx.Module], dtype: str = "float32") -> Any:
+    """A module without values, which compiles nothing; `random_params` gives them."""
+    module: Any = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    # An `Embed` casts to the type that it was built with.
+    for name in ("item_embedding", "position_embedding"):
+        if hasattr(module, name):
+            getattr(module, name).dtype = jnp.dtype(dtype)
+    return module
+
+
+def random_params(module: Any, dtype: str = "float32", scale: float = 0.4) -> dict[str, Any]:
+    """NumPy parameters as a plain dict, all drawn alike: biases and norms at their initial 0
+    and 1, and small embeddings, would hide mistakes."""
+    rng = np.random.default_rng(0)
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    return jax.tree.map(lambda p: rng.normal(0, scale, p.shape).astype(dtype), params)
+
+
+def initial_params(build: Callable[[nnx.Rngs], nnx.Module]) -> dict[str, Any]:
+    """NumPy parameters as the module draws them, in one compiled program."""
+
+    @jax.jit
+    def init(key):
+        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
+
+    return jax.tree.map(np.asarray, init(jax.random.key(3)))
+
+
+def paths(params: dict[str, Any]) -> list[str]:
+    """The parameters' names, as "blocks/0/query/kernel"."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+
+
+def assert_same_tree(actual: Any, expected: Any, atol: float) -> None:
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), actual, expected
+    )
+
+
+def assert_normal(values: Any, std: float) -> None:
+    """A Kolmogorov-Smirnov test: a cut or a wrong spread shows with some hundred numbers."""
+    assert stats.kstest(np.ravel(values), "norm", (0, std)).pvalue > 1e-3
+
+
+def assert_uniform(values: Any, bound: float) -> None:
+    assert np.abs(values).max() <= bound
+    assert stats.kstest(np.ravel(values), "uniform", (-bound, 2 * bound)).pvalue > 1e-3

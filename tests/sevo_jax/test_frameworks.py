@@ -1,0 +1,149 @@
+"""The same optimizers on Flax NNX, Flax Linen and plain dictionaries."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import sevo_jax
+from sevo_jax.tables import table_mask
+from tests.helpers import random_graph
+
+GRAPH = random_graph()
+ITEMS = jnp.array([[1, 2, 3], [4, 2, 7]])
+PATTERNS = [None, "item_embedding", "^item_embedding/embedding$"]
+SOLVERS = {
+    "sevo_adamw": lambda tables: sevo_jax.sevo_adamw(0.02, GRAPH, tables=tables),
+    "sevo_sgd": lambda tables: sevo_jax.sevo_sgd(0.05, GRAPH, tables=tables),
+    "gradient": lambda tables: optax.chain(
+        sevo_jax.sevo(GRAPH, tables=tables), optax.adamw(0.02)
+    ),
+}
+
+each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
+each_pattern = pytest.mark.parametrize("tables", PATTERNS)
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.item_embedding = nnx.Embed(20, 4, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs)])
+
+    def __call__(self, items: jax.Array) -> jax.Array:
+        return self.layers[0](self.item_embedding(items))
+
+
+class LinenModel(nn.Module):
+    @nn.compact
+    def __call__(self, items: jax.Array) -> jax.Array:
+        return nn.Dense(4, name="layer")(nn.Embed(20, 4, name="item_embedding")(items))
+
+
+def _dict_params(model: NnxModel) -> dict:
+    linear = model.layers[0]
+    return {
+        "item_embedding": {"embedding": model.item_embedding.embedding[...]},
+        "layer": {"kernel": linear.kernel[...], "bias": linear.bias[...]},  # pyright: ignore
+    }
+
+
+def _dict_loss(params: dict) -> jax.Array:
+    x = params["item_embedding"]["embedding"][ITEMS]
+    y = x @ params["layer"]["kernel"] + params["layer"]["bias"]
+    return jnp.mean((y - 1) ** 2)
+
+
+def _train_dict(solver: optax.GradientTransformation, params: dict) -> dict:
+    @jax.jit
+    def step(params, state):
+        updates, state = solver.update(jax.grad(_dict_loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = solver.init(params)
+    for _ in range(3):
+        params, state = step(params, state)
+    return params
+
+
+@each_solver
+@each_pattern
+def test_nnx_optimizer(solver, tables):
+    model = NnxModel(nnx.Rngs(0))
+    initial = _dict_params(model)
+    optimizer = nnx.Optimizer(model, solver(tables), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda model: jnp.mean((model(ITEMS) - 1) ** 2))(model)
+        optimizer.update(model, grads)
+
+    for _ in range(3):
+        step(model, optimizer)
+    expected = _train_dict(solver(tables), initial)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), _dict_params(model), expected
+    )
+    assert np.abs(expected["item_embedding"]["embedding"][9] != 0).all()
+
+
+@each_solver
+def test_nnx_as_pure_functions(solver):
+    model = NnxModel(nnx.Rngs(0))
+    graphdef, state = nnx.split(model, nnx.Param)
+    params = nnx.to_pure_dict(state)
+    tx = solver("item_embedding")
+
+    @jax.jit
+    def step(params, opt_state):
+        loss = lambda params: jnp.mean((nnx.merge(graphdef, params)(ITEMS) - 1) ** 2)  # noqa: E731
+        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = tx.init(params)
+    for _ in range(3):
+        params, opt_state = step(params, opt_state)
+    expected = _train_dict(tx, _dict_params(model))
+    np.testing.assert_allclose(
+        params["item_embedding"]["embedding"],
+        expected["item_embedding"]["embedding"],
+        atol=1e-6,
+    )
+
+
+@each_solver
+@each_pattern
+def test_linen_train_state(solver, tables):
+    model, initial = LinenModel(), _dict_params(NnxModel(nnx.Rngs(0)))
+    assert jax.tree.structure(model.init(jax.random.key(0), ITEMS)["params"]) == (
+        jax.tree.structure(initial)
+    )
+    state = TrainState.create(apply_fn=model.apply, params=initial, tx=solver(tables))
+
+    @jax.jit
+    def step(state):
+        def loss(params):
+            return jnp.mean((state.apply_fn({"params": params}, ITEMS) - 1) ** 2)
+
+        return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+    for _ in range(3):
+        state = step(state)
+    expected = _train_dict(solver(tables), initial)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, expected
+    )
+
+
+def test_paths_of_nnx_states_are_those_of_dictionaries():
+    state = nnx.state(NnxModel(nnx.Rngs(0)), nnx.Param)
+    for pattern in PATTERNS:
+        mask = table_mask(state, pattern, 20)
+        assert jax.tree.leaves(mask) == jax.tree.leaves(
+            jax.tree.map(lambda leaf: leaf.shape == (20, 4), state)
+        )
+    with pytest.raises(ValueError, match=r"layers/0/kernel: \(4, 4\)"):
+        table_mask(state, "missing", 20)

@@ -1,0 +1,202 @@
+"""Properties of psi that the paper states or that follow from its closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sevo_jax
+from tests.helpers import dense, random_graph, reference_normalized, reference_smooth
+
+BETA = st.floats(0, 0.99)
+LAYERS = st.integers(0, 6)
+SEED = st.integers(0, 50)
+
+
+def _matrix(graph, beta, num_layers=3, **kwargs):
+    """psi as a matrix: its effect on the identity."""
+    with jax.enable_x64(True):
+        graph = sevo_jax.normalized_adjacency(graph, capacity=500)  # one program for all
+        eye = jnp.eye(graph.num_nodes, dtype=jnp.float64)
+        return np.asarray(
+            sevo_jax.smooth(graph, eye, beta=beta, num_layers=num_layers, **kwargs)
+        )
+
+
+@given(SEED, BETA, LAYERS, st.sampled_from(["neumann", "iterative"]), st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_equals_the_loops_of_the_official_code(seed, beta, num_layers, method, rescale):
+    graph = random_graph(seed, max_distance=1 + seed % 3)
+    expected = reference_smooth(
+        reference_normalized(dense(graph)), np.eye(20), beta, num_layers, method, rescale
+    )
+    psi = _matrix(graph, beta, num_layers, method=method, rescale=rescale)
+    np.testing.assert_allclose(psi, expected, atol=1e-12)
+
+
+@given(SEED, BETA, LAYERS)
+@settings(deadline=None, max_examples=25)
+def test_operator_properties(seed, beta, num_layers):
+    graph = random_graph(seed)
+    psi = _matrix(graph, beta, num_layers)
+    np.testing.assert_allclose(psi, psi.T, atol=1e-13)  # symmetric
+    eigenvalues = np.linalg.eigvalsh(psi)
+    assert eigenvalues.min() > 0  # direction-aware: <psi(x), x> > 0
+    assert eigenvalues.max() <= 1 + 1e-12
+    fixed = np.sqrt(dense(graph).sum(axis=1))  # D^1/2 1, an eigenvector to the eigenvalue 1
+    np.testing.assert_allclose(psi @ fixed, fixed, atol=1e-11)
+    isolated = fixed == 0
+    first = 1 / sum(beta**l for l in range(num_layers + 1))
+    np.testing.assert_allclose(psi[isolated][:, isolated], first * np.eye(isolated.sum()))
+
+
+@given(SEED, BETA)
+@settings(deadline=None, max_examples=20)
+def test_structure_aware(seed, beta):
+    graph = random_graph(seed)
+    with jax.enable_x64(True):
+        graph = sevo_jax.normalized_adjacency(graph, capacity=500)
+        x = jnp.asarray(np.random.default_rng(seed).normal(size=(20, 3)))
+        before = float(sevo_jax.smoothness(graph, x))
+        after = float(sevo_jax.smoothness(graph, sevo_jax.smooth(graph, x, beta=beta)))
+    assert after <= before * (1 + 1e-12)
+
+
+def test_linear(dtype):
+    graph, rng = random_graph(), np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=(20, 3)), dtype) for _ in range(2))
+    left = sevo_jax.smooth(graph, 2 * x - 3 * y)
+    right = 2 * sevo_jax.smooth(graph, x) - 3 * sevo_jax.smooth(graph, y)
+    assert left.dtype == dtype
+    np.testing.assert_allclose(left, right, atol=100 * jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("method", ["neumann", "iterative"])
+@pytest.mark.parametrize("beta, num_layers", [(0.0, 3), (0.99, 0), (0.0, 0)])
+def test_identity(beta, num_layers, method):
+    psi = _matrix(random_graph(), beta, num_layers, method=method)
+    np.testing.assert_array_equal(psi, np.eye(20))
+
+
+def test_commutes_with_relabelling():
+    graph, rng = random_graph(), np.random.default_rng(0)
+    label = rng.permutation(20)
+    relabelled = graph._replace(receivers=label[graph.receivers], senders=label[graph.senders])
+    psi, other = _matrix(graph, 0.9), _matrix(relabelled, 0.9)
+    np.testing.assert_allclose(other[np.ix_(label, label)], psi, atol=1e-14)
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.9, 0.99])
+def test_tends_to_the_closed_form(beta):
+    graph = random_graph()
+    exact = (1 - beta) * np.linalg.inv(np.eye(20) - beta * reference_normalized(dense(graph)))
+    distances = [
+        np.abs(_matrix(graph, beta, num_layers) - exact).max() for num_layers in (5, 15, 40)
+    ]
+    assert distances[0] > distances[1] > distances[2]
+    assert distances[2] < 2 * beta**41 + 1e-13
+
+
+@pytest.mark.parametrize(
+    "beta, scale",
+    [(0.99, 0.25378), (0.5, 0.5333), (0.7, 0.3948), (0.9, 0.2908), (0.999, 0.2504)],
+)
+def test_isolated_rows(beta, scale):
+    graph = sevo_jax.item_graph([[0, 1]], num_nodes=3)
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, -6.0]])
+    scaled = sevo_jax.smooth(graph, x, beta=beta)
+    np.testing.assert_allclose(scaled[2] / x[2], scale, atol=5e-5)
+    kept = sevo_jax.smooth(graph, x, beta=beta, isolated="identity")
+    np.testing.assert_array_equal(kept[2], x[2])
+    np.testing.assert_array_equal(kept[:2], scaled[:2])
+
+
+def test_eigenvalue_of_minus_one():
+    # Two items joined by one edge: A~ has eigenvalues 1 and -1.
+    graph = sevo_jax.item_graph([[0, 1]], num_nodes=2)
+    np.testing.assert_allclose(
+        np.linalg.eigvalsh(_matrix(graph, 0.99)), [0.005025, 1], atol=5e-7
+    )
+
+
+def test_iterative_is_no_descent_direction():
+    # Theorem 1: only for beta below 1/2 does the iterative form keep the direction.
+    graph = sevo_jax.item_graph([[0, 1]], num_nodes=2)
+    assert np.linalg.eigvalsh(_matrix(graph, 0.99, method="iterative")).min() < 0
+    assert np.linalg.eigvalsh(_matrix(graph, 0.49, method="iterative")).min() > 0
+
+
+def test_without_rescaling():
+    shrunk = _matrix(random_graph(), 0.99, rescale=False)
+    np.testing.assert_allclose(shrunk, _matrix(random_graph(), 0.99) * (1 - 0.99**4))
+
+
+@given(SEED)
+@settings(deadline=None, max_examples=15)
+def test_smoothness_equals_the_sum_over_edges(seed):
+    graph = random_graph(seed)
+    weights, x = dense(graph), np.random.default_rng(seed).normal(size=(20, 3))
+    degree, total = weights.sum(axis=1), 0.0
+    for i in range(20):
+        total += (degree[i] == 0) * np.sum(x[i] ** 2)
+        for j in np.flatnonzero(weights[i]):
+            gap = x[i] / np.sqrt(degree[i]) - x[j] / np.sqrt(degree[j])
+            total += 0.5 * weights[i, j] * np.sum(gap**2)
+    with jax.enable_x64(True):
+        adjacency = sevo_jax.normalized_adjacency(graph, capacity=500)
+        np.testing.assert_allclose(sevo_jax.smoothness(adjacency, jnp.asarray(x)), total)
+
+
+def test_strict_promotion_and_no_nan(dtype):
+    adjacency = sevo_jax.normalized_adjacency(random_graph())
+    x = jnp.ones((20, 3), dtype)
+    strict = (
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.debug_nans(True),
+    )
+    with strict[0], strict[1], strict[2]:
+        for beta in (0.9, jnp.full(3, 0.9, dtype)):
+            y = jax.jit(sevo_jax.smooth)(adjacency, x, beta=beta)
+            assert y.dtype == dtype
+        assert sevo_jax.smoothness(adjacency, x).dtype == dtype
+
+
+def test_a_traced_beta_takes_the_dtype_of_the_table():
+    with jax.enable_x64(True):
+        smooth = jax.jit(sevo_jax.smooth)
+        for name in ("bfloat16", "float32", "float64"):
+            y = smooth(random_graph_adjacency(), jnp.ones((20, 2), name), beta=jnp.float64(0.9))
+            assert y.dtype == name
+
+
+def random_graph_adjacency():
+    return sevo_jax.normalized_adjacency(random_graph())
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, message",
+    [
+        ({"beta": 1.0}, ValueError, r"`beta` must lie in \[0, 1\), got 1.0"),
+        ({"beta": -0.1}, ValueError, r"`beta` must lie in"),
+        ({"beta": np.nan}, ValueError, r"`beta` must lie in"),
+        ({"beta": np.array([0.5, 1.5])}, ValueError, r"`beta` must lie in"),
+        ({"beta": np.array([0.5, 0.5, 0.5])}, ValueError, r"shape \[d=2\], but got \(3,\)"),
+        ({"num_layers": -1}, ValueError, "`num_layers` .* at least 0, got -1"),
+        ({"num_layers": 1.5}, ValueError, "`num_layers` .* got 1.5"),
+        (
+            {"method": "average"},
+            ValueError,
+            "unknown `method` 'average', valid are .*'neumann', 'iterative'",
+        ),
+        ({"isolated": "drop"}, ValueError, "unknown `isolated` 'drop', valid are"),
+        ({"x": jnp.ones((19, 2))}, ValueError, r"\[num_nodes=20, d\], but got \(19, 2\)"),
+        ({"x": jnp.ones(20)}, ValueError, r"but got \(20,\)"),
+        ({"x": jnp.ones((20, 2), int)}, TypeError, "table of floats, but `x` is int32"),
+    ],
+)
+def test_bad_input(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        sevo_jax.smooth(random_graph(), kwargs.pop("x", jnp.ones((20, 2))), **kwargs)

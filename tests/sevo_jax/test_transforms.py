@@ -1,0 +1,289 @@
+"""The smoother and the corrected Adam as gradient transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sevo_jax
+from tests.helpers import dense, random_graph, reference_adamw, reference_normalized
+
+SETTINGS = dict(lr=0.01, beta=0.9, num_layers=3, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.1)
+
+
+def _sparse_grads(steps: int, seed: int = 0) -> np.ndarray:
+    """Gradients `[steps, 20, 3]` in which about half of the rows are zero."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(steps, 20, 3)) * (rng.random((steps, 20, 1)) < 0.5)
+
+
+def _run(solver, grads, params, **extra):
+    state = solver.init(params)
+    update = jax.jit(solver.update)
+    for grad in grads:
+        updates, state = update(grad, state, params, **extra)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def _sevo_adamw(graph, **kwargs):
+    settings = {k: v for k, v in SETTINGS.items() if k != "lr"} | kwargs
+    return sevo_jax.sevo_adamw(SETTINGS["lr"], graph, **settings)
+
+
+def test_adamw_equals_the_loops_of_the_official_code(x64):
+    graph, grads = random_graph(), _sparse_grads(25)
+    table = np.random.default_rng(1).normal(size=(20, 3))
+    adjacency = reference_normalized(dense(graph))
+    expected, m, v = reference_adamw(adjacency, table, grads, **SETTINGS)[-1]
+    params, state = _run(_sevo_adamw(graph), jnp.asarray(grads), jnp.asarray(table))
+    np.testing.assert_allclose(params, expected, atol=1e-7)  # float32 edge weights
+    moments = optax.tree.get(state.inner_states["table"], "mu")
+    np.testing.assert_allclose(moments * (1 - SETTINGS["b1"] ** 25), m, atol=1e-13)
+    moments = optax.tree.get(state.inner_states["table"], "nu")
+    np.testing.assert_allclose(moments * (1 - SETTINGS["b2"] ** 25), v, atol=1e-13)
+
+
+def test_dense_gradients_give_plain_adam(dtype):
+    grads = jnp.asarray(np.random.default_rng(0).normal(size=(10, 6, 3)), dtype)
+    params = jnp.zeros((6, 3), dtype)
+    ours = sevo_jax.scale_by_corrected_adam(0.9, 0.99, 1e-6)
+    theirs = optax.scale_by_adam(0.9, 0.99, 1e-6)
+    state, other = ours.init(params), theirs.init(params)
+    for grad in grads:
+        updates, state = jax.jit(ours.update)(grad, state)
+        expected, other = jax.jit(theirs.update)(grad, other)
+        np.testing.assert_allclose(updates, expected, rtol=200 * jnp.finfo(dtype).eps)
+
+
+def test_a_row_without_gradient_keeps_its_direction():
+    solver = sevo_jax.scale_by_corrected_adam()
+    grads = jnp.array([[1.0, -2.0], [3.0, 0.0]])
+    state = solver.init(grads)
+    first, state = solver.update(grads, state)
+    mu, nu = state.mu, state.nu
+    for _ in range(5):
+        updates, state = solver.update(grads.at[0].set(-0.0), state)
+    np.testing.assert_array_equal(updates[0], first[0])
+    np.testing.assert_array_equal(state.mu[0], mu[0])  # not even rounded
+    np.testing.assert_array_equal(state.nu[0], nu[0])
+    assert state.count == 6
+    never = solver.init(grads)
+    updates, never = solver.update(jnp.zeros((2, 2)), never)
+    np.testing.assert_array_equal(updates, 0)
+
+
+@pytest.mark.parametrize("t", [1, 2, 10, 1000, 10**6])
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("b", [0.0, 0.9, 0.98, 0.999, 0.999999])
+def test_step_of_the_running_mean_in_float32(b, traced, t):
+    decay = jnp.float32(b) if traced else b
+    solver = sevo_jax.scale_by_corrected_adam(b1=decay, b2=decay)
+    state = solver.init(jnp.zeros((1, 1)))._replace(count=jnp.int32(t - 1))
+    _, state = solver.update(jnp.ones((1, 1)), state)
+    exact = float(decay)
+    expected = (1 - exact) / -np.expm1(t * np.log1p(exact - 1)) if exact else 1.0
+    np.testing.assert_allclose(state.mu, expected, rtol=3e-6)
+
+
+def test_count_saturates_instead_of_overflowing():
+    solver = sevo_jax.scale_by_corrected_adam()
+    state = solver.init(jnp.zeros((1, 1)))._replace(count=jnp.int32(2**31 - 1))
+    updates, state = solver.update(jnp.ones((1, 1)), state)
+    assert state.count == 2**31 - 1
+    assert np.isfinite(updates).all()
+
+
+def test_moments_of_half_precision_move():
+    """A bfloat16 mean with a step of .001 would stop at once; ours is float32."""
+    solver = sevo_jax.scale_by_corrected_adam(b2=0.999)
+    params = jnp.zeros((2, 2), jnp.bfloat16)
+    state = solver.init(params)._replace(count=jnp.int32(100_000))
+    for _ in range(10):
+        updates, state = solver.update(jnp.ones_like(params), state)
+    assert updates.dtype == jnp.bfloat16
+    np.testing.assert_allclose(state.nu, 1 - 0.999**10, rtol=1e-4)
+
+
+@pytest.mark.parametrize("as_tree", [False, True])
+def test_touched_rows_can_be_given(as_tree):
+    graph, grads = random_graph(), jnp.asarray(_sparse_grads(6), jnp.float32)
+    params = {"item": jnp.ones((20, 3)), "w": jnp.ones(2)}
+    solver = _sevo_adamw(graph, tables="item")
+    by_zero, by_mask = solver.init(params), solver.init(params)
+    for grad in grads:
+        tree = {"item": grad, "w": jnp.ones(2)}
+        rows = (grad != 0).any(axis=1)
+        touched = {"item": rows, "w": True} if as_tree else rows
+        expected, by_zero = jax.jit(solver.update)(tree, by_zero, params)
+        updates, by_mask = jax.jit(solver.update)(tree, by_mask, params, touched=touched)
+        np.testing.assert_allclose(updates["item"], expected["item"], rtol=1e-5, atol=1e-8)
+    # The mask decides, not the zeros: a touched row with a zero gradient decays.
+    mu = optax.tree.get(by_mask.inner_states["table"], "mu")["item"]
+    everywhere = {"item": jnp.ones(20, bool), "w": True} if as_tree else jnp.ones(20, bool)
+    tree = {"item": jnp.zeros((20, 3)), "w": jnp.ones(2)}
+    _, state = solver.update(tree, by_mask, params, touched=everywhere)
+    decayed = optax.tree.get(state.inner_states["table"], "mu")["item"]
+    assert ((abs(decayed) < abs(mu)) | (mu == 0)).all() and (mu != 0).any()
+
+
+@pytest.mark.parametrize("touched", [np.ones(19, bool), np.ones(20), np.ones((20, 1), bool)])
+def test_bad_touched(touched):
+    solver = sevo_jax.scale_by_corrected_adam()
+    table = jnp.ones((20, 3))
+    with pytest.raises(ValueError, match=r"`touched` takes bools of shape \(20,\)"):
+        solver.update(table, solver.init(table), touched=touched)
+
+
+def test_weight_decay_reaches_rows_without_gradient_and_is_not_smoothed():
+    graph = random_graph()
+    params = jnp.ones((20, 3))
+    params, _ = _run(_sevo_adamw(graph), jnp.zeros((1, 20, 3)), params)
+    np.testing.assert_allclose(params, 1 - 0.01 * 0.1, rtol=1e-6)
+
+
+def test_other_parameters_get_the_plain_optimizer():
+    graph, rng = random_graph(), np.random.default_rng(0)
+    params = {"item": jnp.ones((20, 3)), "w": jnp.asarray(rng.normal(size=(4, 4)))}
+    grads = [{"item": jnp.ones((20, 3)), "w": jnp.asarray(rng.normal(size=(4, 4)))}] * 3
+    kwargs = dict(b1=0.8, b2=0.95, eps=1e-5)
+    l2 = optax.add_decayed_weights(0.1)
+    for ours, theirs in (
+        (
+            sevo_jax.sevo_adamw(0.01, graph, tables="item", weight_decay=0.1, **kwargs),
+            optax.adamw(0.01, weight_decay=0.1, **kwargs),
+        ),
+        (
+            sevo_jax.sevo_adam(0.01, graph, tables="item", weight_decay=0.1, **kwargs),
+            optax.chain(l2, optax.adam(0.01, **kwargs)),
+        ),
+        (
+            sevo_jax.sevo_sgd(0.01, graph, tables="item", weight_decay=0.1, nesterov=True),
+            optax.chain(l2, optax.sgd(0.01, momentum=0.9, nesterov=True)),
+        ),
+    ):
+        actual, _ = _run(ours, grads, params)
+        expected, _ = _run(theirs, grads, params)
+        np.testing.assert_allclose(actual["w"], expected["w"], rtol=1e-6)
+
+
+def test_placements_differ():
+    """Smoothing Adam's proposal is not smoothing the gradient that Adam then rescales."""
+    graph, grads = random_graph(), jnp.asarray(_sparse_grads(3), jnp.float32)
+    table = jnp.zeros((20, 3))
+    after = sevo_jax.sevo_adamw(0.01, graph, weight_decay=0.0)
+    before = optax.chain(sevo_jax.sevo(graph), optax.adamw(0.01, weight_decay=0.0))
+    assert np.abs(_run(after, grads, table)[0] - _run(before, grads, table)[0]).max() > 1e-3
+
+
+def test_stacked_tables_are_smoothed_as_one():
+    users, items = np.array([0, 0, 1, 2]), np.array([1, 2, 2, 0])
+    graph = sevo_jax.bipartite_graph(users, items, 3, 4)
+    rng = np.random.default_rng(0)
+    updates = {k: jnp.asarray(rng.normal(size=(n, 2))) for k, n in (("item", 4), ("user", 3))}
+    solver = sevo_jax.sevo(graph, tables=("user", "item"))
+    smoothed, _ = solver.update(updates, solver.init(updates))
+    expected = sevo_jax.smooth(graph, jnp.concatenate([updates["user"], updates["item"]]))
+    np.testing.assert_array_equal(smoothed["user"], expected[:3])
+    np.testing.assert_array_equal(smoothed["item"], expected[3:])
+
+
+def test_stacked_tables_of_two_dtypes_keep_them():
+    graph = random_graph()
+    updates = {"item": jnp.ones((15, 2), jnp.bfloat16), "user": jnp.ones((5, 2))}
+    solver = sevo_jax.sevo(graph, tables=("user", "item"))
+    smoothed, _ = solver.update(updates, solver.init(updates))
+    assert [smoothed[k].dtype for k in updates] == [jnp.bfloat16, jnp.float32]
+
+
+def test_schedule_for_beta():
+    graph, table = random_graph(), jnp.asarray(_sparse_grads(1)[0], jnp.float32)
+    schedule = optax.linear_schedule(0.0, 0.9, transition_steps=3)
+    solver = sevo_jax.sevo(graph, beta=schedule)
+    state = solver.init(table)
+    update = jax.jit(solver.update)
+    for count in range(5):
+        smoothed, state = update(table, state)
+        expected = sevo_jax.smooth(graph, table, beta=0.3 * min(count, 3))
+        np.testing.assert_allclose(smoothed, expected, atol=1e-6)
+    assert state.count == 5
+
+
+def test_overriding_graph_is_no_constant_of_the_program():
+    first, second = (random_graph(seed) for seed in (0, 1))
+    prepared = [sevo_jax.normalized_adjacency(g, capacity=400) for g in (first, second)]
+    solver = sevo_jax.sevo_adamw(0.01, first)
+    table = jnp.asarray(_sparse_grads(1)[0], jnp.float32)
+    state = solver.init(table)
+    update = jax.jit(lambda g, s, p, graph: solver.update(g, s, p, graph=graph))
+    for graph, raw in zip(prepared, (first, second), strict=True):
+        updates, _ = update(table, state, table, graph)
+        expected, _ = sevo_jax.sevo_adamw(0.01, raw).update(table, state, table)
+        np.testing.assert_allclose(updates, expected, atol=1e-7)
+    assert update._cache_size() == 1
+    text = update.lower(table, state, table, prepared[0]).as_text()
+    assert f"tensor<{len(first.edges)}x" not in text
+    # A raw graph will do as well; it is then prepared while tracing.
+    updates, _ = solver.update(table, state, table, graph=second)
+    np.testing.assert_allclose(updates, expected, atol=1e-7)
+
+
+class TestNaN:
+    """One row of NaN, in the gradient of row 5, with a chain as graph and L = 3."""
+
+    graph = sevo_jax.item_graph([np.arange(20)], num_nodes=20)
+    near = np.abs(np.arange(20) - 5) <= 3
+    good, bad = jnp.ones((20, 2)), jnp.ones((20, 2)).at[5].set(jnp.nan)
+
+    def test_it_spreads_to_rows_within_reach_and_stays_in_its_own_moments(self):
+        solver = sevo_jax.sevo_adamw(0.01, self.graph)
+        params = jnp.ones((20, 2))
+        updates, state = solver.update(self.bad, solver.init(params), params)
+        np.testing.assert_array_equal(np.isnan(updates).all(axis=1), self.near)
+        np.testing.assert_array_equal(np.isnan(updates).any(axis=1), self.near)
+        mu = optax.tree.get(state.inner_states["table"], "mu")
+        np.testing.assert_array_equal(np.isnan(mu).any(axis=1), np.arange(20) == 5)
+        updates, _ = solver.update(self.good, state, params)  # it does not wear off
+        np.testing.assert_array_equal(np.isnan(updates).any(axis=1), self.near)
+
+    def test_apply_if_finite_stops_it_before_parameters_and_state(self):
+        solver = sevo_jax.sevo_adamw(0.01, self.graph)
+        guarded = optax.apply_if_finite(solver, max_consecutive_errors=3)
+        params = jnp.ones((20, 2))
+        state = guarded.init(params)
+        update = jax.jit(guarded.update)
+        _, state = update(self.good, state, params)
+        before = state.inner_state
+        updates, state = update(self.bad, state, params)
+        np.testing.assert_array_equal(updates, 0)
+        assert state.total_notfinite == 1
+        for old, new in zip(
+            jax.tree.leaves(before), jax.tree.leaves(state.inner_state), strict=True
+        ):
+            np.testing.assert_array_equal(old, new)
+        updates, state = update(self.good, state, params)
+        assert np.isfinite(updates).all() and state.last_finite
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"beta": 1.0}, r"`sevo`: `beta` must lie in \[0, 1\), got 1.0"),
+        ({"num_layers": -2}, "`sevo`: `num_layers` .* got -2"),
+        ({"method": "mean"}, "`sevo`: unknown `method` 'mean', valid are"),
+        ({"isolated": "drop"}, "`sevo`: unknown `isolated` 'drop'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "factory",
+    [
+        sevo_jax.sevo,
+        lambda graph, **kwargs: sevo_jax.sevo_adamw(0.1, graph, **kwargs),
+        lambda graph, **kwargs: sevo_jax.sevo_adam(0.1, graph, **kwargs),
+        lambda graph, **kwargs: sevo_jax.sevo_sgd(0.1, graph, **kwargs),
+    ],
+)
+def test_bad_settings(factory, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        factory(random_graph(), **kwargs)
