@@ -56,7 +56,7 @@ def ours(split: Split, optimizer: str, repeats: int) -> dict[str, float]:
     return {"epoch": median_seconds(epoch, repeats), "rank": median_seconds(rank, repeats)}
 
 
-def torch_peer(split: Split, repeats: int) -> dict[str, float]:
+def torch_peer(split: Split, repeats: int) -> dict[str, Any]:
     import torch
     import torch_peer as peer
 

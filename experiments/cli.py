@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments train` and `recommend`."""
+"""The command line, `python -m experiments COMMAND`; without a command, `train`."""
 
 import sys
 from dataclasses import dataclass, fields
@@ -88,28 +88,70 @@ class Recommend:
     """Which of the run's seeds; the first by default."""
 
 
+@dataclass
+class Fetch:
+    """Download a public dataset and check it."""
+
+    name: str
+    """One of ml-100k, ml-1m, amazon-beauty, amazon-toys, amazon-tools, amazon-home."""
+    folder: Path = Path("data")
+    """Where it goes."""
+    sha256: str | None = None
+    """The checksum that the file must have, where its publisher states none."""
+
+
+@dataclass
+class Report:
+    """Write the tables of RESULTS.md from the records of runs."""
+
+    runs: tuple[Path, ...] = (Path("results"),)
+    """Folders to search for records."""
+    page: Path = Path("RESULTS.md")
+    """The page whose generated part is replaced."""
+    keep: Path | None = None
+    """First copy the records of the runs here, thinned."""
+
+
 def main(args: list[str] | None = None) -> None:
     """Runs a command; bad input ends with a message and exit status 2."""
     args = sys.argv[1:] if args is None else args
     commands = (
         Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Recommend, tyro.conf.subcommand("recommend")]
+        | Annotated[Fetch, tyro.conf.subcommand("fetch")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
     )
     command = tyro.cli(
         commands, prog="python -m experiments", args=args or ["train"], description=__doc__
     )
     try:
-        if isinstance(command, Train):
-            from experiments.main_job import train
-
-            train(command)
-        else:
-            from experiments.recommend import recommend
-
-            recommend(command)
+        _run(command)
     except (ValueError, TypeError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)
+
+
+def _run(command: Train | Recommend | Fetch | Report) -> None:
+    # Imported when needed: `--help` should not wait for JAX.
+    if isinstance(command, Train):
+        from experiments.main_job import train
+
+        train(command)
+    elif isinstance(command, Recommend):
+        from experiments.recommend import recommend
+
+        recommend(command)
+    elif isinstance(command, Fetch):
+        from experiments.fetch import fetch
+
+        path = fetch(command.name, command.folder, sha256=command.sha256)
+        print(f"{command.name} is in {path}; pass it to `train --data`")
+    else:
+        from experiments.report import keep, write_report
+
+        if command.keep:
+            keep(command.runs, command.keep)
+        print(f"{command.page}: tables of {write_report(command.runs, command.page)} runs")

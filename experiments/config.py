@@ -91,8 +91,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     | _LONG
     | {"dropout_rate": 0.3, "weight_decay": 0.01},  # .1366 +- .0011
     # Not the paper's: short, for the generated data.
-    ("sasrec", "synthetic"): _SASREC | {"epochs": 30, "batch_size": 256},
-    ("gru4rec", "synthetic"): _GRU4REC | {"epochs": 15, "batch_size": 256},
+    ("sasrec", "synthetic"): _SASREC | {"epochs": 30, "batch_size": 64},
+    ("gru4rec", "synthetic"): _GRU4REC | {"epochs": 30, "batch_size": 256},
 }
 
 

@@ -13,8 +13,8 @@ from sevo_jax.layouts import Adjacency, Dense, Edges, Rows
 Graph: TypeAlias = jraph.GraphsTuple | Adjacency
 Layout: TypeAlias = Literal["auto", "edges", "rows", "dense"]
 
-LAYOUTS: dict[str, type[Adjacency]] = {"edges": Edges, "rows": Rows, "dense": Dense}
-FASTEST = {"cpu": "rows"}  # by backend; segment sums over edges elsewhere
+LAYOUTS: dict[Layout, type[Adjacency]] = {"edges": Edges, "rows": Rows, "dense": Dense}
+FASTEST: dict[str, Layout] = {"cpu": "rows"}  # by backend; segment sums over edges elsewhere
 
 
 def normalized_adjacency(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jraph
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sevo_jax.ids import Ragged, check_choice, check_ids, check_positive, ragged
 
@@ -78,7 +79,7 @@ def item_graph(
 
 
 def bipartite_graph(
-    users: np.ndarray, items: np.ndarray, num_users: int, num_items: int
+    users: ArrayLike, items: ArrayLike, num_users: int, num_items: int
 ) -> jraph.GraphsTuple:
     """User-item graph; the weight is how often the user chose the item.
 
@@ -158,7 +159,7 @@ def attribute_graph(attributes: Ragged, *, max_items: int | None = None) -> jrap
     return _graph(_count_pairs(pairs, num_nodes), num_nodes)
 
 
-def knn_graph(embeddings: np.ndarray, k: int = 10) -> jraph.GraphsTuple:
+def knn_graph(embeddings: ArrayLike, k: int = 10) -> jraph.GraphsTuple:
     """Graph of the k nearest neighbours by cosine similarity, which is the weight.
 
     Two items are joined if either is among the k nearest of the other. Similarities of zero

@@ -104,7 +104,7 @@ def random_sequences(seed: int, num_nodes: int, count: int = 30) -> list[np.ndar
     return [rng.integers(1, num_nodes - 1, rng.integers(1, 15)) for _ in range(count)]
 
 
-def random_graph(seed: int = 0, num_nodes: int = 20, **kwargs: Any):
+def random_graph(seed: int = 0, num_nodes: int = 20, **kwargs: Any) -> Any:
     return sevo_jax.item_graph(random_sequences(seed, num_nodes), num_nodes, **kwargs)
 
 
@@ -168,7 +168,7 @@ def golden(name: str) -> Golden:
 
 # --- every optimizer and placement, for the common suite ---------------------------------
 
-Factory = Callable[..., optax.GradientTransformation]
+Factory = Callable[..., Any]
 
 
 def _gradient_adamw(graph: Any, **kwargs: Any) -> optax.GradientTransformation:

@@ -29,6 +29,7 @@ DIM = 6
 BATCH, PLACES = padded(SEQUENCES, MAX_LENGTH)
 ROWS, STREAM = packed(SEQUENCES, 19)
 NUM_USED = sum(map(len, SEQUENCES))
+ROWS[NUM_USED:] = 16  # unused slots may hold anything; no sequence has this one
 
 
 def build(max_length=MAX_LENGTH, dtype="float32", **options) -> SASRec:
@@ -216,13 +217,14 @@ def test_dropout_and_the_padding_row(form):
         return (states * target).sum(), states
 
     train = jax.jit(jax.grad(loss, has_aux=True))
-    gradients, first = train(params, jax.random.key(0))
-    np.testing.assert_array_equal(first, train(params, jax.random.key(0))[1])
-    for other in (train(params, jax.random.key(1))[1], apply(params)):
-        assert np.all(np.any(np.asarray(first != other), axis=1))
+    # A row stays untouched if dropout takes all of it, so add up over keys.
+    gradients, states = zip(*(train(params, jax.random.key(s)) for s in range(8)), strict=True)
+    np.testing.assert_array_equal(states[0], train(params, jax.random.key(0))[1])
     np.testing.assert_array_equal(apply(params), apply(params))
+    for other in (states[1], apply(params)):
+        assert np.any(np.asarray(states[0] != other))
 
-    touched = np.asarray(gradients["item_embedding"]["embedding"]).any(axis=1)
+    touched = sum(np.abs(g["item_embedding"]["embedding"]).sum(axis=1) for g in gradients)
     np.testing.assert_array_equal(np.flatnonzero(touched), np.sort(ROWS[:NUM_USED]))
 
 
@@ -255,23 +257,6 @@ def test_more_padding(mask_padding):
         states.append(np.asarray(apply(p, batch))[:, width:][PLACES])
     change = np.abs(states[1] - states[0]).max(axis=1)
     assert np.all(change < 1e-6) if mask_padding else np.all(change > 1e-3)
-
-
-def test_unused_slots_have_no_influence():
-    """A longer stream, with anything in its unused slots, gives the same states."""
-    module = build()
-    graphdef, params = nnx.split(module)[0], random_params(module)
-    rows, stream = packed(SEQUENCES, 31)
-    rows[NUM_USED:] = 1
-
-    @jax.jit
-    def apply(params):
-        module = nnx.merge(graphdef, params)
-        return module.packed(module.item_embedding(jnp.asarray(rows)), stream)
-
-    states = apply(params)
-    assert np.all(np.isfinite(states))
-    np.testing.assert_allclose(states[:NUM_USED], forms(module)[1](params), atol=1e-6)
 
 
 def test_names_of_the_parameters():

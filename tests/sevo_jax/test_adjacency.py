@@ -144,7 +144,7 @@ def test_rows_use_the_native_product():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_program_for_graphs_of_equal_capacity(layout):
-    smooth = jax.jit(lambda adjacency, x: sevo_jax.smooth(adjacency, x))
+    smooth: Any = jax.jit(lambda adjacency, x: sevo_jax.smooth(adjacency, x))
     for seed in range(3):
         graph = random_graph(seed)
         assert len(graph.edges) < 300
@@ -189,7 +189,7 @@ def test_edges_in_any_order_repeated_or_on_the_device():
 
 def test_leaves_are_arrays_that_a_jitted_function_takes():
     for layout in LAYOUTS:
-        adjacency = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
+        adjacency: Any = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
         leaves = jax.tree.leaves(adjacency)
         assert all(isinstance(leaf, jax.Array) for leaf in leaves)
         assert len(leaves) == len(dataclasses.fields(adjacency))

@@ -1,5 +1,9 @@
 """One suite for every optimizer and placement: adding one is adding a row in helpers.py."""
 
+# Optax and jraph type their trees as unions that nothing can be looked up in.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
+
 import functools
 
 import jax

@@ -94,14 +94,14 @@ def _stacked(tree: Any) -> np.ndarray:
 
 def _compare_params(record: Golden, trajectory: list[Any], key: str, tolerance: float) -> None:
     for t, (params, _) in enumerate(trajectory):
-        close = dict(rtol=0, atol=tolerance, err_msg=f"step {t + 1}")
+        close: Any = dict(rtol=0, atol=tolerance, err_msg=f"step {t + 1}")
         np.testing.assert_allclose(_stacked(params), record.arrays[f"{key}_params"][t], **close)
         np.testing.assert_allclose(
             params["reg"], record.arrays[f"{key}_reg_params"][t], **close
         )
 
 
-def _raw_moments(record: Golden, state: Any, t: int) -> dict[str, tuple[Any, Any]]:
+def _raw_moments(record: Golden, state: Any, t: int) -> dict[str, dict[str, np.ndarray]]:
     """PyTorch's buffers of the tables and of the other parameter, from our state."""
     groups = {"": state.inner_states["table"], "reg_": state.inner_states["other"]}
     moments = {}

@@ -1,5 +1,9 @@
 """Graph builders against loops, the paper's example, and the figures of real data."""
 
+# Optax and jraph type their trees as unions that nothing can be looked up in.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
+
 import csv
 import gzip
 import time

@@ -70,7 +70,7 @@ def test_linear(dtype):
     left = sevo_jax.smooth(graph, 2 * x - 3 * y)
     right = 2 * sevo_jax.smooth(graph, x) - 3 * sevo_jax.smooth(graph, y)
     assert left.dtype == dtype
-    np.testing.assert_allclose(left, right, atol=100 * jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(left, right, atol=100 * float(jnp.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("method", ["neumann", "iterative"])

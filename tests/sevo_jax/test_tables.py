@@ -1,5 +1,9 @@
 """Selecting tables by pattern, tuple, mask, function or shape."""
 
+# Optax and jraph type their trees as unions that nothing can be looked up in.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
+
 import jax
 import jax.numpy as jnp
 import numpy as np

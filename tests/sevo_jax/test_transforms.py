@@ -1,5 +1,9 @@
 """The smoother and the corrected Adam as gradient transformations."""
 
+# Optax and jraph type their trees as unions that nothing can be looked up in.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
+
 import jax
 import jax.numpy as jnp
 import numpy as np

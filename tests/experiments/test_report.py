@@ -1,0 +1,85 @@
+"""Tables are functions of records: by hand for one small run."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from experiments import cli
+from experiments.config import preset
+from experiments.report import BEGIN, END, keep, write_report
+
+CONFIG = preset("sasrec", "amazon_beauty", "sevo_adamw", beta=0.5)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two seeds of one run: an epoch, a validation and the tests."""
+    folder = tmp_path / "runs" / "beauty-sasrec" / "sevo_adamw"
+    folder.mkdir(parents=True)
+    settings = {
+        "config": asdict(CONFIG),
+        "data": {"name": "amazon_beauty"},
+        "device": "1 cpu (cpu)",
+        "cores": 2,
+        "versions": {"jax": "0.10.2"},
+    }
+    records = []
+    for seed, (loss, score) in enumerate([(1.0, 0.03), (3.0, 0.05)]):
+        metrics = dict.fromkeys(("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR@10"), score)
+        for epoch in (1, 2):
+            records.append(
+                {"kind": "epoch", "seed": seed, "epoch": epoch, "seconds": 4, "loss": loss}
+            )
+        records.append(
+            {"kind": "valid", "seed": seed, "epoch": 1, "seconds": 5} | metrics | settings
+        )
+        for kind in ("test", "last_test"):
+            records.append(
+                {"kind": kind, "seed": seed, "epoch": 2, "seconds": 9} | metrics | settings
+            )
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "records.jsonl").write_text(lines)
+    return tmp_path / "runs"
+
+
+def test_tables_hold_mean_and_spread(runs, tmp_path):
+    page = tmp_path / "RESULTS.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert write_report([runs], page) == 1
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    row = next(line for line in text.splitlines() if "| sevo_adamw | 2 |" in line)
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[4:9] == ["0.0400 ± 0.0141"] * 5
+    assert cells[9:] == ["2 2", "2.00", "1 cpu (cpu), 2 core(s)"]
+    assert "| 1 | 2.0000 ± 1.4142 |" in text
+    assert "published" not in text  # these are not the published settings
+    assert "`python -m experiments train --data amazon_beauty --model sasrec " in text
+    assert "--optimizers sevo_adamw --seeds 0 1 --beta 0.5`" in text
+
+
+def test_kept_records_give_the_same_table(runs, tmp_path):
+    keep([runs], tmp_path / "results")
+    assert (tmp_path / "results" / "beauty-sasrec" / "sevo_adamw.jsonl").exists()
+    pages = [tmp_path / "a.md", tmp_path / "b.md"]
+    write_report([runs], pages[0])
+    write_report([tmp_path / "results"], pages[1])
+    assert pages[0].read_text() == pages[1].read_text()
+
+
+def test_what_is_missing_is_said(runs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="hold no tested run"):
+        write_report([tmp_path / "empty"], tmp_path / "page.md")
+    assert not (tmp_path / "page.md").exists()
+    page = tmp_path / "unmarked.md"
+    page.write_text("mine")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        write_report([runs], page)
+    assert page.read_text() == "mine"
+
+
+def test_report_command(runs, tmp_path, capsys):
+    cli.main(["report", "--runs", str(runs), "--page", str(tmp_path / "R.md")])
+    assert "tables of 1 runs" in capsys.readouterr().out
