@@ -214,7 +214,7 @@ def test_recommend_leaves_out_the_history(finished, split):
     ("arguments", "message"),
     [
         ({"history": []}, "`history` must hold at least one item"),
-        ({"history": ["c00-0000", "nothing"]}, "does not know: nothing"),
+        ({"history": ["c000-0017", "nothing"]}, "does not know: nothing"),
         ({"top": 0}, "`top` must be at least 1"),
         ({"seed": 9}, r"`seed` must be one of the run's \[3, 5\], got 9"),
     ],
@@ -222,7 +222,7 @@ def test_recommend_leaves_out_the_history(finished, split):
 def test_recommend_says_what_is_wrong(finished, arguments, message):
     _, folder = finished
     with pytest.raises(ValueError, match=message):
-        top_items(folder, **({"history": ["c00-0000"]} | arguments))
+        top_items(folder, **({"history": ["c000-0017"]} | arguments))
 
 
 def test_recommend_needs_a_run(tmp_path):
