@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -34,8 +34,17 @@ class Train:
     """The dataset whose preset to take, if not that of `data`."""
     data_format: str | None = None
     """The format of the file, if its name does not tell."""
+    columns: dict[str, str] | None = None
+    """Which column of a table is which, such as `user uid item asin timestamp when`."""
+    min_rating: float | None = None
+    """Leave out interactions rated lower."""
+    repeats: Literal["keep", "first", "last"] = "keep"
+    """Which of a user's interactions with the same item to keep."""
     k_core: int | None = None
     """Leave out users and items with fewer interactions."""
+    split_times: tuple[float, float] | None = None
+    """Validate from the first timestamp on and test from the second, instead of each user's
+    last two interactions."""
     placement: Placement | None = None
     """Smooth Adam's `update` (the paper) or the `gradient`; for optimizers with SEvo."""
     learning_rate: float | None = None
@@ -112,18 +121,25 @@ class Report:
     """First copy the records of the runs here, thinned."""
 
 
-def main(args: list[str] | None = None) -> None:
-    """Runs a command; bad input ends with a message and exit status 2."""
-    args = sys.argv[1:] if args is None else args
+Command = Train | Recommend | Fetch | Report
+
+
+def parse(args: list[str]) -> Any:
+    """The command that the arguments ask for; without any, `train` with its defaults."""
     commands = (
         Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Recommend, tyro.conf.subcommand("recommend")]
         | Annotated[Fetch, tyro.conf.subcommand("fetch")]
         | Annotated[Report, tyro.conf.subcommand("report")]
     )
-    command = tyro.cli(
+    return tyro.cli(
         commands, prog="python -m experiments", args=args or ["train"], description=__doc__
     )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs a command; bad input ends with a message and exit status 2."""
+    command = parse(sys.argv[1:] if args is None else args)
     try:
         _run(command)
     except (ValueError, TypeError, FloatingPointError, OSError) as error:
@@ -134,7 +150,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _run(command: Train | Recommend | Fetch | Report) -> None:
+def _run(command: Command) -> None:
     # Imported when needed: `--help` should not wait for JAX.
     if isinstance(command, Train):
         from experiments.main_job import train

@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from experiments.config import Config
-from experiments.dataset import Dataset, leave_one_out
+from experiments.dataset import Dataset, global_time_split, leave_one_out
 from experiments.loaders import load
 from experiments.plots import plot_run
 from experiments.published import published
@@ -28,7 +28,8 @@ def train(options: "Train", console: Console | None = None) -> list[Result]:
     # In a file or a pipe nothing says how wide the table may be.
     console = console or Console(width=None if sys.stdout.isatty() else 140)
     dataset = load_data(options)
-    split = leave_one_out(dataset)
+    times = options.split_times
+    split = global_time_split(dataset, *times) if times else leave_one_out(dataset)
     out = options.out or Path("runs") / f"{dataset.name}-{options.model}"
     console.print(
         f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
@@ -61,7 +62,14 @@ def train(options: "Train", console: Console | None = None) -> list[Result]:
 def load_data(options: "Train") -> Dataset:
     if options.data == "synthetic":
         return synthetic()
-    return load(options.data, format=options.data_format, k_core=options.k_core)
+    return load(
+        options.data,
+        format=options.data_format,
+        columns=options.columns,
+        min_rating=options.min_rating,
+        repeats=options.repeats,
+        k_core=options.k_core,
+    )
 
 
 class _show:

@@ -256,6 +256,25 @@ def test_gradient_placement_and_gru4rec_run(csv, tmp_path, capsys):
     assert (out / "sevo_adamw-gradient" / "ranks.npz").exists()
 
 
+def test_data_options_reach_the_loader(tmp_path, split):
+    """Own column names, a rating threshold, repeats and a split by time."""
+    dataset = split.dataset
+    rows = zip(dataset.users, dataset.values, range(dataset.num_interactions), strict=True)
+    lines = "".join(f"{u},{i},{t},{1 + t % 5}\n" for u, i, t in rows)
+    path = tmp_path / "named.csv"
+    path.write_text("who,what,when,stars\n" + lines)
+    options = ["train", "--data", str(path), "--min-rating", "2", "--repeats", "first"]
+    columns = "user who item what timestamp when rating stars"
+    options += ["--columns", *columns.split(), "--split-times", "600", "800"]
+    parsed = cli.parse(options)
+    loaded = main_job.load_data(parsed)
+    assert parsed.split_times == (600, 800)
+    stars = 1 + np.arange(dataset.num_interactions) % 5
+    assert loaded.num_interactions + sum(loaded.drops.values()) == dataset.num_interactions
+    assert max(loaded.drops.values()) == (stars < 2).sum()
+    assert loaded.timestamps is not None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
