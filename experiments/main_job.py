@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -13,17 +12,15 @@ from rich.table import Table
 from experiments.config import Config
 from experiments.dataset import Dataset, global_time_split, leave_one_out
 from experiments.loaders import load
+from experiments.options import Train
 from experiments.plots import plot_run
 from experiments.published import published
 from experiments.ranking import METRICS
 from experiments.run import SELECTION, Progress, Result, fit
 from experiments.synthetic import synthetic
 
-if TYPE_CHECKING:
-    from experiments.cli import Train
 
-
-def train(options: "Train", console: Console | None = None) -> list[Result]:
+def train(options: Train, console: Console | None = None) -> list[Result]:
     """Runs `python -m experiments train`."""
     # In a file or a pipe nothing says how wide the table may be.
     console = console or Console(width=None if sys.stdout.isatty() else 140)
@@ -59,7 +56,7 @@ def train(options: "Train", console: Console | None = None) -> list[Result]:
     return results
 
 
-def load_data(options: "Train") -> Dataset:
+def load_data(options: Train) -> Dataset:
     if options.data == "synthetic":
         return synthetic()
     return load(

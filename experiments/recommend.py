@@ -2,18 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments.options import Recommend
 from experiments.run import load_run
 from models.packing import pack
-
-if TYPE_CHECKING:
-    from experiments.cli import Recommend
 
 
 def top_items(
@@ -49,7 +46,7 @@ def top_items(
     return [(str(item_ids[item]), float(scores[item])) for item in best]
 
 
-def recommend(options: "Recommend", console: Console | None = None) -> None:
+def recommend(options: Recommend, console: Console | None = None) -> None:
     """Runs `python -m experiments recommend`."""
     table = Table("rank", "item", "score")
     found = top_items(options.run, options.history, options.top, options.seed)

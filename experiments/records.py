@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 FILE = "records.jsonl"
 
@@ -33,6 +34,48 @@ def append(path: Path, records: Iterable[dict[str, Any]]) -> int:
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
+
+
+class Log:
+    """Collects an epoch's records of several seeds and writes them together.
+
+    Args:
+      folder: of the run.
+      seeds: in the order of the values to come.
+      common: what the record of an evaluation repeats.
+    """
+
+    def __init__(self, folder: Path, seeds: tuple[int, ...], common: dict[str, Any]):
+        self.path = folder / FILE
+        self.seeds = seeds
+        self.common = common
+        self.pending: list[dict[str, Any]] = []
+
+    def add(
+        self, kind: str, epoch: int | np.ndarray, values: dict[str, np.ndarray], seconds: float
+    ) -> None:
+        """One record for each seed; `values` hold an entry `[num_seeds]` for each name."""
+        epochs = np.broadcast_to(epoch, len(self.seeds))
+        for i, seed in enumerate(self.seeds):
+            record = {
+                "kind": kind,
+                "seed": seed,
+                "epoch": int(epochs[i]),
+                "seconds": round(seconds, 3),
+                **{name: float(value[i]) for name, value in values.items()},
+            }
+            self.pending.append(record if kind == "epoch" else record | self.common)
+
+    def flush(self) -> int:
+        """Writes what was added; returns the file's length in bytes."""
+        length = append(self.path, self.pending)
+        self.pending = []
+        return length
+
+    def truncate(self, length: int) -> None:
+        """Drops what was written after the checkpoint that the run goes on from."""
+        with self.path.open("ab") as file:
+            file.truncate(length)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -139,7 +139,7 @@ def fit(
     parts = [split.evaluation("valid"), split.evaluation("test")]
     (valid_data, test_data), num_slots = ranking_data(parts, max_length=config.max_length)
     state = trainer.init(jax.vmap(jax.random.key)(jnp.asarray(seeds)))
-    log = _Log(folder, config, split, seeds, source)
+    log = records.Log(folder, seeds, _described(config, split, seeds, source))
 
     def rank(params: Any, data: Any, part: int) -> Ranks:
         return collect(trainer.rank(params, data, num_slots), len(parts[part].targets))
@@ -179,59 +179,6 @@ def fit(
         folder / "ranks.npz", seeds=seeds, users=parts[1].users, **best_ranks._asdict()
     )
     return Result(config, seeds, test, last, progress.best_epoch, progress.seconds)
-
-
-class _Log:
-    """Collects an epoch's records and writes them together."""
-
-    def __init__(
-        self, folder: Path, config: Config, split: Split, seeds: tuple[int, ...], source: str
-    ):
-        self.path = folder / records.FILE
-        self.seeds = seeds
-        self.pending: list[dict[str, Any]] = []
-        dataset = split.dataset
-        self.common = {
-            "config": asdict(config),
-            "data": {
-                "name": dataset.name,
-                "source": source,
-                "users": dataset.num_users,
-                "items": dataset.num_items,
-                "interactions": dataset.num_interactions,
-                "train": split.num_train,
-            },
-            "num_seeds": len(seeds),
-            **records.environment(),
-        }
-
-    def add(
-        self,
-        kind: str,
-        epoch: int | np.ndarray,
-        values: dict[str, np.ndarray],
-        seconds: float,
-    ) -> None:
-        epochs = np.broadcast_to(epoch, len(self.seeds))
-        for i, seed in enumerate(self.seeds):
-            record = {
-                "kind": kind,
-                "seed": seed,
-                "epoch": int(epochs[i]),
-                "seconds": round(seconds, 3),
-                **{name: float(value[i]) for name, value in values.items()},
-            }
-            self.pending.append(record if kind == "epoch" else record | self.common)
-
-    def flush(self) -> int:
-        length = records.append(self.path, self.pending)
-        self.pending = []
-        return length
-
-    def truncate(self, length: int) -> None:
-        """Drops what was written after the checkpoint that the run goes on from."""
-        with self.path.open("ab") as file:
-            file.truncate(length)
 
 
 def load_run(folder: str | Path, seed: int | None = None) -> tuple[Any, np.ndarray, Config]:
@@ -296,6 +243,26 @@ def _claim(
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
     temporary.replace(path)
+
+
+def _described(
+    config: Config, split: Split, seeds: tuple[int, ...], source: str
+) -> dict[str, Any]:
+    """What every evaluation's record repeats, so that a line can be read alone."""
+    dataset = split.dataset
+    return {
+        "config": asdict(config),
+        "data": {
+            "name": dataset.name,
+            "source": source,
+            "users": dataset.num_users,
+            "items": dataset.num_items,
+            "interactions": dataset.num_interactions,
+            "train": split.num_train,
+        },
+        "num_seeds": len(seeds),
+        **records.environment(),
+    }
 
 
 def _check_finite(losses: np.ndarray, seeds: tuple[int, ...], epoch: int) -> None:

@@ -51,10 +51,12 @@ def toy_trainer(build, loss, windows: Windows, sequences, optimizer, batch_size)
 
 
 def start(trainer: Trainer) -> tuple[TrainState, dict]:
-    """A state of one seed with parameters that are not those of the initialisation."""
-    state = trainer.init(jax.random.key(0)[None])
+    """A state of one seed, and its parameters: not those of the initialisation, whose zeros
+    and ones would hide mistakes."""
     params = random_params(nnx.eval_shape(lambda: trainer.build(nnx.Rngs(0))))
-    return state._replace(params=jax.tree.map(lambda p: jnp.asarray(p)[None], params)), params
+    seeded = jax.tree.map(lambda p: jnp.asarray(p)[None], params)
+    opt_state = jax.vmap(trainer.optimizer.init)(seeded)
+    return TrainState(seeded, opt_state, jax.random.key(0)[None], seeded), params
 
 
 def padded_loss(trainer: Trainer, kind: str, windows: Windows, sequences):
@@ -118,7 +120,7 @@ def test_the_mean_loss_and_how_it_falls():
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)
     trainer = toy_trainer(gru4rec, "bpr", "last", sequences, optimizer, 2)
     state, params = start(trainer)
-    expected = padded_loss(trainer, "bpr", "last", sequences)(params)
+    expected = jax.jit(padded_loss(trainer, "bpr", "last", sequences))(params)
     for number in range(3):  # in another order each
         _, losses = trainer.epoch(state, number)
         np.testing.assert_allclose(losses, [expected], rtol=0, atol=1e-6)
@@ -137,10 +139,13 @@ CONFIG = Config(dim=4, max_length=8, num_blocks=1, batch_size=16, learning_rate=
 SEEDS = (3, 8)
 
 
-def train(trainer: Trainer, seeds=SEEDS, epochs: int = 2):
+def initial(trainer: Trainer) -> TrainState:
+    return trainer.init(jax.vmap(jax.random.key)(jnp.asarray(SEEDS)))
+
+
+def train(trainer: Trainer, epochs: int = 2, state: TrainState | None = None):
     """The state after some epochs, and the losses `[epochs, S]`."""
-    state = trainer.init(jax.vmap(jax.random.key)(jnp.asarray(seeds)))
-    losses = []
+    state, losses = state or initial(trainer), []
     for number in range(1, epochs + 1):
         state, loss = trainer.epoch(state, number)
         losses.append(np.asarray(loss))
@@ -160,28 +165,37 @@ def test_the_same_seed_gives_the_same_bits(trainer):
 
 def test_epochs_differ_by_their_number_alone(trainer):
     """So that an epoch that was interrupted can be run again."""
-    state, _ = train(trainer, epochs=0)
+    state = initial(trainer)
     losses = [np.asarray(trainer.epoch(state, number)[1]) for number in (1, 2, 1)]
     np.testing.assert_array_equal(losses[0], losses[2])
     assert np.all(losses[0] != losses[1])
 
 
 def test_the_loss_falls(trainer):
-    _, losses = train(trainer, epochs=10)
-    assert np.all(losses[0] < 1.45) and np.all(losses[-1] < 0.9 * losses[0])
+    _, losses = train(trainer, epochs=40)
+    assert np.all(losses[-1] < 0.9 * losses[0])
 
 
-@pytest.mark.parametrize("together", ["vmap", "map"])
-def test_seeds_together_equal_each_alone(trainer, split, together, monkeypatch):
+def test_seeds_together_equal_each_alone(trainer, split, monkeypatch):
     """As a batch and one after the other, up to rounding, with dropout and moments."""
-    seeds = {"vmap": jax.vmap, "map": lambda function: lambda x: jax.lax.map(function, x)}
-    monkeypatch.setattr(training, "over_seeds", lambda: seeds[together])
-    state, losses = train(make_trainer(CONFIG, split))
-    for number, seed in enumerate(SEEDS):
-        alone, loss = train(trainer, [seed])
-        np.testing.assert_allclose(losses[:, number], loss[:, 0], rtol=0, atol=1e-5)
-        mine = jax.tree.map(lambda p, number=number: p[number], state.params)
-        assert_same_tree(mine, jax.tree.map(lambda p: p[0], alone.params), 1e-5)
+    ways = [jax.vmap, lambda function: lambda seeded: jax.lax.map(function, seeded)]
+    other = ways[jax.default_backend() != "cpu"]  # `trainer` goes the backend's own
+    monkeypatch.setattr(training, "over_seeds", lambda: other)
+    runs = [train(trainer), train(make_trainer(CONFIG, split))]
+    for number in range(len(SEEDS)):
+        first = jax.tree.map(lambda x, n=number: x[n : n + 1], initial(trainer))
+        alone, loss = train(trainer, state=first)
+        for state, losses in runs:
+            np.testing.assert_allclose(losses[:, number], loss[:, 0], rtol=0, atol=1e-5)
+            mine, its = (
+                jax.tree.map(lambda p, row=row: np.array(p[row]), params)
+                for params, row in ((state.params, number), (alone.params, 0))
+            )
+            # The soft-max cancels the bias of the keys: its gradient is rounding error, which
+            # Adam scales up to steps like any other's.
+            for params in (mine, its):
+                params["blocks"][0]["key_value"]["bias"][: CONFIG.dim] = 0
+            assert_same_tree(mine, its, 1e-5)
 
 
 def test_the_graph_is_data(trainer, split):
@@ -211,7 +225,7 @@ def test_a_batch_is_never_cut(trainer, monkeypatch):
         return seeded[0], seeded[1], None
 
     monkeypatch.setattr(trainer, "_epoch_jit", epoch)
-    state, _ = train(trainer, epochs=0)
+    state = initial(trainer)
     for slots in range(1, 1500, 7):
         monkeypatch.setattr(
             trainer, "_most_slots", lambda *_, slots=slots: jnp.array([1, slots])

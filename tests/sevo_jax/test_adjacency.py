@@ -105,11 +105,15 @@ def test_reverse_mode(layout, x64):
     graph, x, weight = random_graph(), _table(20, 3), _table(20, 3, seed=1)
     adjacency = sevo_jax.normalized_adjacency(graph, layout=layout)
 
+    @jax.jit
+    def slopes(x, beta):
+        return jax.grad(loss, (0, 1))(x, beta)
+
     def loss(x, beta):
         return jnp.sum(weight * sevo_jax.smooth(adjacency, x, beta=beta))
 
     for beta in BETAS.values():
-        to_x, to_beta = jax.grad(loss, (0, 1))(jnp.asarray(x), jnp.asarray(beta))
+        to_x, to_beta = slopes(jnp.asarray(x), jnp.asarray(beta))
         np.testing.assert_allclose(to_x, _expected(graph, weight, beta), atol=1e-12)
         step = 1e-6
         up, down = (_expected(graph, x, beta + s) * weight for s in (step, -step))
@@ -140,6 +144,18 @@ def test_rows_use_the_native_product():
         compiled = jax.jit(jax.vmap(sevo_jax.smooth, (None, 0))).lower(adjacency, xs).compile()
         text = compiled.as_text() or ""
         assert "scatter" not in text and "gather(" not in text
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_second_call_outside_of_jit_compiles_nothing(layout, caplog):
+    adjacency = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
+    x = jnp.ones((20, 5))
+    with jax.log_compiles():
+        sevo_jax.smooth(adjacency, x)
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        sevo_jax.smooth(adjacency, x)
+        assert "Compiling" not in caplog.text
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

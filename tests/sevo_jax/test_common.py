@@ -131,10 +131,11 @@ def test_keeps_types_and_shapes(name, dtype_name):
         assert _types(updates) == _types(params)
         assert _types(new_state) == _types(state)
 
-        def update(state):
-            return solver.update(grads, state, params)[1]
+        def maybe(flag):
+            update = lambda state: solver.update(grads, state, params)[1]  # noqa: E731
+            return jax.lax.cond(flag, update, lambda state: state, state)
 
-        jax.jit(lambda flag: jax.lax.cond(flag, update, lambda state: state, state))(True)
+        assert _types(jax.eval_shape(maybe, True)) == _types(state)
 
 
 @each_placement
@@ -231,8 +232,9 @@ def test_an_ablation_is_a_vmap(name):
 
     betas, rates = np.float32([0, 0.5, 0.99]), np.float32([0.1, 0.02, 0.03])
     together = jax.jit(jax.vmap(train))(betas, rates)
+    alone = jax.jit(train)
     for beta, rate, table in zip(betas, rates, together, strict=True):
-        np.testing.assert_allclose(table, train(float(beta), float(rate)), atol=2e-5)
+        np.testing.assert_allclose(table, alone(beta, rate), atol=2e-5)
 
 
 @each_alias
