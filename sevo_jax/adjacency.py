@@ -68,11 +68,9 @@ def normalized_adjacency(
         receivers, senders, weights = receivers[order], senders[order], weights[order]
     fastest = FASTEST.get(jax.default_backend(), "edges")
     form = LAYOUTS[fastest if layout == "auto" else layout]
-    # Concrete arrays even if an optimizer is built while tracing, as `inject_hyperparams` does.
-    with jax.ensure_compile_time_eval():
-        weights = weights.astype(jnp.result_type(float))
-        edges = _pad(receivers, senders, weights, num_nodes, capacity)
-        return form.from_edges(*edges, num_nodes)
+    weights = weights.astype(jnp.result_type(float))
+    edges = _pad(receivers, senders, weights, num_nodes, capacity)
+    return form.from_edges(*edges, num_nodes)
 
 
 def _edges(graph: jraph.GraphsTuple) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:

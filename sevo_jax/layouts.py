@@ -128,7 +128,6 @@ class Rows(Adjacency):
         row_splits, columns = row_splits.astype(np.int32), senders.astype(np.int32)
         return cls(*map(jnp.asarray, (row_splits, columns, weights, isolated)))
 
-    @jax.jit  # outside of `jit`, `platform_dependent` would compile at every call
     def matmul(self, x: jax.Array) -> jax.Array:
         if BCSR is None or x.dtype not in (jnp.float32, jnp.float64):
             return _scan_chunks(self, x)

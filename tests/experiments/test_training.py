@@ -20,6 +20,15 @@ from models.losses import LOSSES
 from sevo_jax import item_graph, normalized_adjacency
 from tests.models.toys import assert_same_tree, padded, random_params
 
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Halves the time, nearly all of which is compilation; whole runs compile as users do."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 MAX_LENGTH, NUM_ITEMS = 6, 6
 # Every user has had all items but one, so there is but one negative to draw for each.
 SEQUENCES = [

@@ -1,6 +1,6 @@
 """Compiles the models' tests with little optimisation, which halves their time.
 
-Formulas are under test here, on a handful of numbers; `experiments` compiles as users do.
+Formulas are under test here, on a handful of numbers; whole runs compile as users do.
 """
 
 from collections.abc import Iterator
