@@ -1,5 +1,7 @@
 """The compiled epoch against a padded step, seeds against each other, and its determinism."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,7 +135,8 @@ def test_the_mean_loss_and_how_it_falls():
     for number in range(3):  # in another order each
         _, losses = trainer.epoch(state, number)
         np.testing.assert_allclose(losses, [expected], rtol=0, atol=1e-6)
-    state.opt_state.hyperparams["learning_rate"] += 0.5
+    opt_state: Any = state.opt_state
+    opt_state.hyperparams["learning_rate"] += 0.5
     for number in range(20):
         state, losses = trainer.epoch(state, number)
     assert losses[0] < 0.5 * expected

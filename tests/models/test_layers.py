@@ -121,14 +121,17 @@ class Problem:
         self.padding = tuple(jnp.asarray(x, dtype) for x in rng.normal(size=(2, heads, 3)))
         self.masked = masked
 
-    def in_packed_form(self, qkv, padding, rate=0.0, key=None):
+    def in_packed_form(self, qkv, padding, rate=0.0, dropout_key=None):
+        query, key, value = qkv
         out = packed_causal_attention(
-            *qkv,
+            query,
+            key,
+            value,
             self.stream,
             self.max_length,
             None if self.masked else padding,
             rate,
-            key,
+            dropout_key,
         )
         return out[: self.num_used]
 
@@ -158,8 +161,10 @@ PARITY += [(STREAMS[1], masked, *PRECISIONS[0]) for masked in (False, True)]
 def test_packed_attention_equals_the_padded(stream, masked, dtype, atol):
     """Outputs, and gradients with respect to query, key, value and the padding slot's."""
     with precision(dtype):
-        problem = Problem(*stream, 2, masked=masked, dtype=dtype)
-        weights = np.random.default_rng(2).uniform(size=(problem.num_used, 2, 3))
+        lengths, max_length, num_slots = stream
+        heads = 1 + len(lengths) % 3
+        problem = Problem(lengths, max_length, num_slots, heads, masked=masked, dtype=dtype)
+        weights = np.random.default_rng(2).uniform(size=(problem.num_used, heads, 3))
 
         def run(form):
             def loss(qkv, padding):
@@ -179,8 +184,10 @@ def test_padded_attention_by_hand():
     value = jnp.array([1.0, 5.0, 9.0]).reshape(1, 3, 1, 1)
     ones, zeros = jnp.ones((1, 3, 1, 1)), jnp.zeros((1, 3, 1, 1))
 
-    def attend(*args):
-        return np.ravel(padded_causal_attention(*args, lambda weights: weights))
+    def attend(query, key, value, mask):
+        return np.ravel(
+            padded_causal_attention(query, key, value, mask, lambda weights: weights)
+        )
 
     np.testing.assert_allclose(attend(zeros, zeros, value, None), [1, 3, 5], rtol=1e-6)
     key = jnp.log(jnp.array([3.0, 1.0, 1.0])).reshape(1, 3, 1, 1)
@@ -190,17 +197,18 @@ def test_padded_attention_by_hand():
     mask = jnp.array([[False, True, True]])
     np.testing.assert_allclose(attend(ones, key, value, mask), [1, 5, 7], rtol=1e-6)
     # The logits of a head of width 4 are halved.
-    wide = [jnp.tile(x, 4) for x in (ones, key)]
+    wide = (jnp.tile(ones, 4), jnp.tile(key, 4), value, None)
     expected = attend(2 * ones, key, value, None)
-    np.testing.assert_allclose(attend(*wide, value, None), expected, rtol=1e-6)
+    np.testing.assert_allclose(attend(*wide), expected, rtol=1e-6)
 
 
 def test_slots_that_hold_nothing_stay_finite():
     """Also those that fill up the last tile, and where every sequence is empty."""
     for lengths in ((2, 3), (0, 0)):
         problem = Problem(lengths, 5, 16, 1, masked=True, dtype="float32")
-        attend = jax.jit(lambda qkv, stream: packed_causal_attention(*qkv, stream, 5))
-        assert np.all(np.isfinite(attend(problem.qkv, problem.stream)))
+        query, key, value = problem.qkv
+        attend = jax.jit(packed_causal_attention, static_argnums=4)
+        assert np.all(np.isfinite(attend(query, key, value, problem.stream, 5)))
 
 
 def attention_weights(problem: Problem) -> np.ndarray:
