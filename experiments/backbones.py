@@ -1,24 +1,17 @@
 """The models and optimizers that a `Config` names."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import optax
 from flax import nnx
 
 import models
-from experiments.batching import TrainData, Windows
+from experiments.batching import TrainData
 from experiments.config import Config
 from sevo_jax import sevo, sevo_adam, sevo_adamw, sevo_sgd
 
 TABLE = "item_embedding"
-
-
-class Backbone(NamedTuple):
-    """How a model is built and fed."""
-
-    build: Callable[[int, Config, nnx.Rngs], Any]  # number of items, settings, initial keys
-    windows: Windows
 
 
 def _sasrec(num_items: int, config: Config, rngs: nnx.Rngs) -> models.SASRec:
@@ -44,18 +37,16 @@ def _gru4rec(num_items: int, config: Config, rngs: nnx.Rngs) -> models.GRU4Rec:
     )
 
 
-BACKBONES = {
-    "sasrec": Backbone(_sasrec, "last"),
-    "gru4rec": Backbone(_gru4rec, "prefixes"),
+# From the number of items, the settings and the keys of the initial values.
+BACKBONES: dict[str, Callable[[int, Config, nnx.Rngs], Any]] = {
+    "sasrec": _sasrec,
+    "gru4rec": _gru4rec,
 }
 
 
 def windows_per_step(config: Config, data: TrainData) -> int:
-    """How many windows make a step of `config.batch_size` samples.
-
-    A sample is a sequence for SASRec and a single target for GRU4Rec.
-    """
-    if BACKBONES[config.model].windows == "last":
+    """How many windows make a step of `config.batch_size` samples."""
+    if config.windows != "whole":
         return config.batch_size
     return max(1, round(config.batch_size * data.num_windows / int(data.num_targets)))
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from models.packing import Packed, pack
 
-Windows = Literal["last", "prefixes"]
+Windows = Literal["last", "prefixes", "whole"]
 
 
 class TrainData(NamedTuple):
@@ -63,10 +63,12 @@ def training_data(
       num_items: the size of the catalogue.
       max_length: the longest input.
       windows: `"last"` takes each user's last `max_length` inputs, in which every item is a
-        target (SASRec). `"prefixes"` covers all of a user's items: beyond the first
-        `max_length` inputs, further windows begin half a length later each and count only
-        the targets not yet counted, so that each has between half and a whole length of
-        history (GRU4Rec, whose every prefix is a sample).
+        target (SASRec). `"prefixes"` makes a window of every prefix of two items or more, cut
+        to its last `max_length` inputs, and only its last target counts (GRU4Rec). `"whole"`
+        covers the same targets in one pass over a sequence, several to a window: beyond the
+        first `max_length` inputs, further windows begin half a length later each and count
+        only the targets not yet counted, so that each has between half and a whole length of
+        history.
     """
     values, splits = train
     num_inputs = np.maximum(np.diff(splits) - 1, 0)
@@ -77,6 +79,13 @@ def training_data(
         length = end[users] - start
         warm_up = np.zeros(len(users))
     elif windows == "prefixes":
+        users = np.repeat(np.arange(len(begin)), num_inputs)
+        first_target = np.repeat(np.cumsum(num_inputs) - num_inputs, num_inputs)
+        target = begin[users] + np.arange(len(users)) - first_target + 1
+        start = np.maximum(begin[users], target - max_length)
+        length = target - start
+        warm_up = length - 1
+    elif windows == "whole":
         hop = max(1, max_length // 2)
         extra = np.maximum(0, -(-(num_inputs - max_length) // hop))
         users = np.repeat(np.arange(len(begin)), np.where(num_inputs > 0, 1 + extra, 0))
@@ -88,7 +97,7 @@ def training_data(
         length = np.minimum(end[users] - start, max_length)
         warm_up = np.where(first, 0, max_length - hop)
     else:
-        raise ValueError(f'`windows` must be "last" or "prefixes", got {windows!r}.')
+        raise ValueError(f'`windows` must be "last", "prefixes" or "whole", got {windows!r}.')
     if len(users) == 0:
         raise ValueError("no user has the two training interactions that a target needs.")
     gaps, gap_splits = _seen(values, splits, num_items)

@@ -29,7 +29,8 @@ class Config:
     graph_window: int = 50  # K: a sequence's last items that make edges
     graph_distance: int = 1  # H: how far apart two items of an edge may stand
     loss: Literal["bce", "bpr"] = "bce"
-    batch_size: int = 512  # sequences (SASRec) or targets (GRU4Rec) in a step
+    windows: Literal["last", "prefixes", "whole"] = "last"  # see `batching.training_data`
+    batch_size: int = 512  # windows in a step; for "whole", targets
     max_length: int = 50
     dim: int = 64
     num_blocks: int = 2  # SASRec only
@@ -68,6 +69,7 @@ _SASREC: dict[str, Any] = {"model": "sasrec"}
 _GRU4REC: dict[str, Any] = {
     "model": "gru4rec",
     "loss": "bpr",
+    "windows": "prefixes",
     "b2": 0.999,
     "dropout_rate": 0.4,
     "epochs": 300,

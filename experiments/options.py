@@ -60,6 +60,9 @@ class Train:
     graph_window: int | None = None
     graph_distance: int | None = None
     loss: Literal["bce", "bpr"] | None = None
+    windows: Literal["last", "prefixes", "whole"] | None = None
+    """How sequences are cut for training: each user's last items, every prefix on its own, or
+    all prefixes in one pass."""
     batch_size: int | None = None
     max_length: int | None = None
     dim: int | None = None

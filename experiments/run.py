@@ -78,9 +78,9 @@ class Result:
 def make_trainer(config: Config, split: Split) -> Trainer:
     """Builds the compiled training functions for a configuration on a split."""
     num_items = split.dataset.num_items
-    backbone = BACKBONES[config.model]
+    build = BACKBONES[config.model]
     data = training_data(
-        split.train, num_items, max_length=config.max_length, windows=backbone.windows
+        split.train, num_items, max_length=config.max_length, windows=config.windows
     )
     graph = None
     if config.optimizer.startswith("sevo_"):
@@ -95,7 +95,7 @@ def make_trainer(config: Config, split: Split) -> Trainer:
             )
         )
     return Trainer(
-        lambda rngs: backbone.build(num_items, config, rngs),
+        lambda rngs: build(num_items, config, rngs),
         make_optimizer(config, graph),
         LOSSES[config.loss],
         graph,
@@ -206,7 +206,7 @@ def load_run(folder: str | Path, seed: int | None = None) -> tuple[Any, np.ndarr
         )
     place = 0 if seed is None else seeds.index(seed)
     params = jax.tree.map(lambda leaf: leaf[place], restored["state"]["best_params"])
-    build = BACKBONES[config.model].build
+    build = BACKBONES[config.model]
     module = nnx.eval_shape(lambda: build(held["data"]["items"], config, nnx.Rngs(0)))
     graphdef = nnx.split(module)[0]
     return nnx.merge(graphdef, params), np.load(folder / "item_ids.npy"), config

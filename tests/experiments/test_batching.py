@@ -65,13 +65,28 @@ def test_windows_last(sequences, max_length):
 
 @settings(deadline=None)
 @given(sequences_of, st.integers(1, 6))
-@example([list(range(12))], 1)
-@example([list(range(9)), [], list(range(6))], 4)  # a window ends exactly with the sequence
 def test_windows_prefixes(sequences, max_length):
-    """Every target counts once, with all its history, or half to a whole length of it."""
+    """A window for every target, with the newest of its history, and it alone counts."""
     if not any(len(sequence) > 1 for sequence in sequences):
         sequences = [*sequences, [0, 1]]
     data = training_data(ragged(sequences), 13, max_length=max_length, windows="prefixes")
+    expected = []
+    for user, sequence in enumerate(sequences):
+        for target in range(1, len(sequence)):
+            inputs = list(range(target))[-max_length:]
+            expected.append((user, inputs, len(inputs) - 1))
+    assert windows_of(data, sequences) == expected
+
+
+@settings(deadline=None)
+@given(sequences_of, st.integers(1, 6))
+@example([list(range(12))], 1)
+@example([list(range(9)), [], list(range(6))], 4)  # a window ends exactly with the sequence
+def test_windows_whole(sequences, max_length):
+    """Every target counts once, with all its history, or half to a whole length of it."""
+    if not any(len(sequence) > 1 for sequence in sequences):
+        sequences = [*sequences, [0, 1]]
+    data = training_data(ragged(sequences), 13, max_length=max_length, windows="whole")
     history = {}
     for user, inputs, warm_up in windows_of(data, sequences):
         assert 0 <= inputs[0] and warm_up < len(inputs) <= max_length
@@ -87,7 +102,9 @@ def test_windows_prefixes(sequences, max_length):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match='`windows` must be "last" or "prefixes", got \'all\''):
+    with pytest.raises(
+        ValueError, match='`windows` must be "last", "prefixes" or "whole", got \'all\''
+    ):
         training_data(ragged(SEQUENCES), NUM_ITEMS, max_length=4, windows="all")  # type: ignore
     with pytest.raises(ValueError, match="no user has the two training interactions"):
         training_data(ragged([[1], [], [2]]), NUM_ITEMS, max_length=4)
@@ -118,7 +135,7 @@ def test_an_epoch_is_an_exact_partition(batch_size):
     assert np.any(orders[0] != orders[2])
 
 
-@pytest.mark.parametrize("windows", ["last", "prefixes"])
+@pytest.mark.parametrize("windows", ["last", "prefixes", "whole"])
 def test_batches_hold_consecutive_items_of_the_right_user(windows):
     """Slot for slot, for all windows of an epoch; users next to each other never mix."""
     data = data_for(windows)

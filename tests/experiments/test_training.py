@@ -77,6 +77,10 @@ def padded_loss(trainer: Trainer, kind: str, windows: Windows, sequences):
     for items, negative in zip(sequences, NEGATIVES, strict=False):
         stretches = [(items[-MAX_LENGTH - 1 :], 0)]
         if windows == "prefixes":
+            ends = range(2, len(items) + 1)
+            cut = [items[max(0, end - MAX_LENGTH - 1) : end] for end in ends]
+            stretches = [(stretch, len(stretch) - 2) for stretch in cut]
+        elif windows == "whole":
             stretches = [(items[: MAX_LENGTH + 1], 0)]
             for begin in range(
                 MAX_LENGTH // 2, len(items) - 1 - MAX_LENGTH // 2, MAX_LENGTH // 2
@@ -106,15 +110,15 @@ def padded_loss(trainer: Trainer, kind: str, windows: Windows, sequences):
 
 @pytest.mark.parametrize(
     ("build", "loss", "windows"),
-    [(sasrec, "bce", "last"), (gru4rec, "bpr", "prefixes")],
-    ids=["sasrec", "gru4rec"],
+    [(sasrec, "bce", "last"), (gru4rec, "bpr", "prefixes"), (gru4rec, "bpr", "whole")],
+    ids=["sasrec", "gru4rec", "gru4rec in one pass"],
 )
 def test_an_epoch_of_one_step_equals_a_padded_step(build, loss, windows):
     """Loss and gradients in single precision: everything from the windows to the update.
 
     One batch holds all windows, and at rate 1 gradient descent takes off the gradient.
     """
-    trainer = toy_trainer(build, loss, windows, SEQUENCES, optax.sgd(1.0), 8)
+    trainer = toy_trainer(build, loss, windows, SEQUENCES, optax.sgd(1.0), 64)
     state, params = start(trainer)
     new, losses = trainer.epoch(state, 1)
     reference = jax.jit(jax.value_and_grad(padded_loss(trainer, loss, windows, SEQUENCES)))
