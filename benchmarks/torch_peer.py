@@ -100,7 +100,7 @@ def train_step(model: SASRec, optimizer: SevoAdamW, batch) -> float:
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 @torch.no_grad()
