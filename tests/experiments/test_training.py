@@ -133,9 +133,9 @@ def test_the_mean_loss_and_how_it_falls():
     """The last batch, of one window after one of two, counts for the one that it holds."""
     sequences = [sequence[:5] for sequence in SEQUENCES[:3]]  # of equal length
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)
-    trainer = toy_trainer(gru4rec, "bpr", "last", sequences, optimizer, 2)
+    trainer = toy_trainer(gru4rec, "bpr", "whole", sequences, optimizer, 2)
     state, params = start(trainer)
-    expected = jax.jit(padded_loss(trainer, "bpr", "last", sequences))(params)
+    expected = jax.jit(padded_loss(trainer, "bpr", "whole", sequences))(params)
     for number in range(3):  # in another order each
         _, losses = trainer.epoch(state, number)
         np.testing.assert_allclose(losses, [expected], rtol=0, atol=1e-6)

@@ -160,6 +160,17 @@ def test_dropout_and_the_padding_row(form):
     np.testing.assert_array_equal(np.flatnonzero(touched), np.sort(ROWS[:NUM_USED]))
 
 
+def test_padding_slots_give_the_padding_row_no_gradient():
+    """Not even if a loss took their states, which the other tests leave out."""
+    graphdef, params = nnx.split(build())[0], random_params(build())
+
+    def loss(params):
+        return nnx.merge(graphdef, params)(jnp.asarray(BATCH)).sum()
+
+    table = jax.jit(jax.grad(loss))(params)["item_embedding"]["embedding"]
+    assert not table[0].any() and table[BATCH[BATCH > 0]].any()
+
+
 def test_dropout_is_on_the_embeddings_alone():
     """With an input kernel of zeros nothing of the embeddings arrives, nor any dropout."""
     params = random_params(build())
