@@ -99,6 +99,7 @@ class Trainer:
         order_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         # Batches differ in length. The stream has room for all but the longest of thousands,
         # so that all epochs share one compiled program; an epoch that needs more gets more.
+        # Only in such a rare epoch do a seed's draws depend on the seeds beside it.
         slots = max(self.usual_slots, int(self._most_slots(order_keys, self.data).max()))
         num_slots = round_up(slots, 128)
         params, opt_state, losses = self._epoch_jit(
