@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Seconds for an epoch of SASRec + SEvo-AdamW and for a full-ranking validation.
 
     python benchmarks/sasrec_epoch.py --data path/to/amazon_beauty

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """The same training and ranking as padded PyTorch, to measure against.
 
 Written for this comparison, in the form that the official code has: padded batches, PyTorch's
