@@ -101,7 +101,7 @@ class _show:
         state = (
             f"epoch {epoch}/{epochs}  loss {_mean(progress.loss)}  "
             f"valid {SELECTION} {_mean(progress.valid)} (best {_mean(progress.best)})  "
-            f"{per_epoch:.2f} s/epoch  {_clock(per_epoch * (epochs - epoch))} left"
+            f"{_speed(per_epoch)}  {_clock(per_epoch * (epochs - epoch))} left"
         )
         self.bar.update(self.task, completed=epoch, state=state)
         validated = epoch % self.config.eval_every == 0 or epoch == epochs
@@ -111,6 +111,10 @@ class _show:
 
 def _mean(values: np.ndarray) -> str:
     return "-" if np.isnan(values).any() else f"{values.mean():.4f}"
+
+
+def _speed(per_epoch: float) -> str:
+    return "- s/epoch" if per_epoch != per_epoch else f"{per_epoch:.2f} s/epoch"
 
 
 def _clock(seconds: float) -> str:
@@ -135,7 +139,7 @@ def results_table(results: list[Result], dataset: str) -> Table:
             columns[f"gain over {base.config.label}"] = [
                 f"{ours / theirs - 1:+.1%}" if theirs else "-" for ours, theirs in means
             ]
-    table = Table(title=f"Test at the best validation {SELECTION}: mean ± spread over seeds")
+    table = Table(title="Test, mean ± spread")
     table.add_column("metric", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
