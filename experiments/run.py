@@ -134,10 +134,11 @@ def fit(
     if len(set(seeds)) != len(seeds) or not seeds:
         raise ValueError(f"`seeds` must be distinct and at least one, got {seeds}.")
     folder = Path(folder)
-    _claim(folder, config, split.dataset, seeds, source, resume)
     trainer = make_trainer(config, split)
     parts = [split.evaluation("valid"), split.evaluation("test")]
     (valid_data, test_data), num_slots = ranking_data(parts, max_length=config.max_length)
+    # Only now: data that cannot be trained on or ranked must not leave a folder behind.
+    _claim(folder, config, split.dataset, seeds, source, resume)
     state = trainer.init(jax.vmap(jax.random.key)(jnp.asarray(seeds)))
     log = records.Log(folder, seeds, _described(config, split, seeds, source))
 

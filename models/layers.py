@@ -27,7 +27,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
     Without a `key`, or with rate 0, `x` passes unchanged (evaluation). The rate is rounded to
     a multiple of 2^-16: one 32-bit random word decides two entries, which halves the cost of
-    dropout, the largest after the matrix products on a CPU.
+    dropout on a CPU.
     """
     keep = round((1 - rate) * 2**16)
     if key is None or keep == 2**16:
@@ -117,8 +117,7 @@ def packed_causal_attention(
     def heads(x: jax.Array) -> jax.Array:
         """[num_tiles, slots, heads, d] -> [heads, num_tiles, slots, d]
 
-        With the batch axes in front the products and their gradients need no transposition,
-        which on a CPU costs several times the product itself.
+        With the batch axes in front, the products and their gradients need no transposition.
         """
         return jnp.moveaxis(x, 2, 0)
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from experiments import cli, main_job, records
 from experiments.config import PRESETS, Config, preset
-from experiments.dataset import leave_one_out
+from experiments.dataset import Dataset, leave_one_out
 from experiments.published import published
 from experiments.ranking import METRICS
 from experiments.recommend import top_items
@@ -120,6 +120,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(split, tmp_path):
     wild = replace(TINY, optimizer="sgd", learning_rate=1e30)
     with pytest.raises(FloatingPointError, match="the loss of seed 0 is not finite in epoch 1"):
         fit(wild, split, (0,), tmp_path / "wild")
+
+
+def test_data_that_cannot_be_ranked_leave_no_folder(tmp_path):
+    """Users with three interactions go wholly to training, so nothing is held out."""
+    short = leave_one_out(Dataset("short", np.arange(6), np.array([0, 3, 6]), num_items=9))
+    with pytest.raises(ValueError, match="there is no held-out target to rank"):
+        fit(TINY, short, (0,), tmp_path / "short")
+    assert not (tmp_path / "short").exists()
 
 
 @pytest.mark.parametrize("seeds", [(), (1, 1)])
