@@ -8,6 +8,7 @@ from flax import nnx
 
 from models.layers import dropout, uniform, xavier_normal
 from models.packing import Packed
+from models.recurrence import gru_cell, packed_gru
 
 
 class GRU4Rec(nnx.Module):
@@ -74,9 +75,6 @@ class GRU4Rec(nnx.Module):
     ) -> jax.Array:
         """States of sequences packed in one stream; equal to the padded ones.
 
-        The products with the embeddings and the dense layer run over the stream; only the
-        recurrence itself runs over a padded `[max_length, B]` grid.
-
         Args:
           embedded: `[T, dim]`, the rows of the item table for the slots of the stream.
           stream: B sequences of at most `max_length` items.
@@ -86,21 +84,14 @@ class GRU4Rec(nnx.Module):
           `[T, dim]`; unused slots hold arbitrary finite values.
         """
         embedded = dropout(embedded, self.dropout_rate, dropout_key)
-        gates = self.input_gates(embedded)
-        first = jnp.cumsum(stream.lengths) - stream.lengths
-        slots = first + jnp.arange(self.max_length)[:, None]  # [max_length, B]
-        states = self._scan(gates[jnp.minimum(slots, len(embedded) - 1)])
-        return self.dense(states[stream.offset, stream.segment])
+        gates, weights = self.input_gates(embedded), self.hidden_gates.kernel[...]
+        return self.dense(packed_gru(weights, gates, stream, self.max_length))
 
     def _scan(self, gates: jax.Array) -> jax.Array:
         """Input gates `[S, B, 3 hidden_dim]` to hidden states `[S, B, hidden_dim]`."""
 
         def step(hidden: jax.Array, inputs: jax.Array):
-            reset_in, update_in, new_in = jnp.split(inputs, 3, axis=-1)
-            reset_h, update_h, new_h = jnp.split(self.hidden_gates(hidden), 3, axis=-1)
-            update = nnx.sigmoid(update_in + update_h)
-            new = jnp.tanh(new_in + nnx.sigmoid(reset_in + reset_h) * new_h)
-            hidden = (1 - update) * new + update * hidden
+            hidden = gru_cell(self.hidden_gates.kernel[...], hidden, inputs)
             return hidden, hidden
 
         start = jnp.zeros((gates.shape[1], self.hidden_dim), gates.dtype)
