@@ -9,9 +9,10 @@ from flax import nnx
 from models.layers import dropout, uniform, xavier_normal
 from models.packing import Packed
 from models.recurrence import gru_cell, packed_gru
+from models.scoring import DotProduct
 
 
-class GRU4Rec(nnx.Module):
+class GRU4Rec(DotProduct, nnx.Module):
     """One gated recurrent layer without biases, and a dense layer back to the items' width.
 
     Table row 0 is padding and item i lives in row i + 1. The score of an item for a state is

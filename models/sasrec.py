@@ -16,11 +16,12 @@ from models.layers import (
     xavier_normal,
 )
 from models.packing import Packed
+from models.scoring import DotProduct
 
 LAYER_NORM_EPS = 1e-8
 
 
-class SASRec(nnx.Module):
+class SASRec(DotProduct, nnx.Module):
     """Causal self-attention over the last `max_length` items of a sequence.
 
     Table row 0 is padding and item i lives in row i + 1. The score of an item for a state is
