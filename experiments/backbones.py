@@ -1,20 +1,54 @@
-"""The models and optimizers that a `Config` names."""
+"""The models, objectives and optimizers that a `Config` names: one entry a backbone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 import models
 from experiments.batching import TrainData
 from experiments.config import Config
-from sevo_jax import sevo, sevo_adam, sevo_adamw, sevo_sgd
+from experiments.dataset import Split
+from experiments.objectives import MaskedItem, NextItem, Objective, UserItem
+from sevo_jax import bipartite_graph, item_graph, sevo, sevo_adam, sevo_adamw, sevo_sgd
 
 TABLE = "item_embedding"
 
 
-def _sasrec(num_items: int, config: Config, rngs: nnx.Rngs) -> models.SASRec:
+@dataclass(frozen=True)
+class Backbone:
+    """What the one training loop needs to know of a model.
+
+    Args:
+      build: makes the module from the numbers of users and items, the settings and the keys.
+      objective: how it trains and ranks, from the number of items and the settings.
+      tables: the pattern of the tables that SEvo smooths, see `sevo_jax.sevo`.
+      num_special: rows of the item table in front of the items.
+    """
+
+    build: Callable[[int, int, Config, nnx.Rngs], Any]
+    objective: Callable[[int, Config], Objective]
+    tables: str = TABLE
+    num_special: int = 1
+
+
+def _next_item(num_items: int, config: Config) -> NextItem:
+    return NextItem(
+        config.loss,
+        num_items,
+        config.num_negatives,
+        config.label_smoothing,
+        config.gbce_t,
+        config.pvn_weight,
+    )
+
+
+def _sasrec(num_users: int, num_items: int, config: Config, rngs: nnx.Rngs) -> models.SASRec:
     return models.SASRec(
         num_items,
         dim=config.dim,
@@ -26,7 +60,7 @@ def _sasrec(num_items: int, config: Config, rngs: nnx.Rngs) -> models.SASRec:
     )
 
 
-def _gru4rec(num_items: int, config: Config, rngs: nnx.Rngs) -> models.GRU4Rec:
+def _gru4rec(num_users: int, num_items: int, config: Config, rngs: nnx.Rngs) -> models.GRU4Rec:
     return models.GRU4Rec(
         num_items,
         dim=config.dim,
@@ -37,11 +71,86 @@ def _gru4rec(num_items: int, config: Config, rngs: nnx.Rngs) -> models.GRU4Rec:
     )
 
 
-# From the number of items, the settings and the keys of the initial values.
-BACKBONES: dict[str, Callable[[int, Config, nnx.Rngs], Any]] = {
-    "sasrec": _sasrec,
-    "gru4rec": _gru4rec,
+def _bert4rec(
+    num_users: int, num_items: int, config: Config, rngs: nnx.Rngs
+) -> models.BERT4Rec:
+    return models.BERT4Rec(
+        num_items,
+        dim=config.dim,
+        max_length=config.max_length,
+        num_blocks=config.num_blocks,
+        num_heads=config.num_heads,
+        dropout_rate=config.dropout_rate,
+        rngs=rngs,
+    )
+
+
+def _stosa(num_users: int, num_items: int, config: Config, rngs: nnx.Rngs) -> models.STOSA:
+    return models.STOSA(
+        num_items,
+        dim=config.dim,
+        max_length=config.max_length,
+        num_blocks=config.num_blocks,
+        num_heads=config.num_heads,
+        dropout_rate=config.dropout_rate,
+        attention_dropout_rate=config.attention_dropout_rate,
+        fixed=config.fixed,
+        rngs=rngs,
+    )
+
+
+def _mf(num_users: int, num_items: int, config: Config, rngs: nnx.Rngs) -> models.MF:
+    return models.MF(num_items, num_users, dim=config.dim, rngs=rngs)
+
+
+def _lightgcn(
+    num_users: int, num_items: int, config: Config, rngs: nnx.Rngs
+) -> models.LightGCN:
+    return models.LightGCN(
+        num_items, num_users, dim=config.dim, num_layers=config.num_blocks, rngs=rngs
+    )
+
+
+BACKBONES: dict[str, Backbone] = {
+    "sasrec": Backbone(_sasrec, _next_item),
+    "gru4rec": Backbone(_gru4rec, _next_item),
+    "bert4rec": Backbone(
+        _bert4rec,
+        lambda num_items, config: MaskedItem(config.mask_prob),
+        tables="(item|output)_embedding",
+        num_special=2,
+    ),
+    "stosa": Backbone(_stosa, _next_item, tables="item_(mean|covariance)"),
+    "mf": Backbone(_mf, lambda *_: UserItem(), num_special=0),
+    "lightgcn": Backbone(_lightgcn, lambda *_: UserItem(), num_special=0),
 }
+
+
+def make_graph(config: Config, split: Split) -> Any:
+    """The graph that SEvo smooths over, one node for each row of the table."""
+    values, row_splits = split.train
+    num_items = split.dataset.num_items
+    if config.graph == "users_items":
+        return user_item_graph(split)
+    # Special rows in front of the items are isolated nodes.
+    num_special = BACKBONES[config.model].num_special
+    return item_graph(
+        (values + num_special, row_splits),
+        num_items + num_special,
+        window=config.graph_window,
+        max_distance=config.graph_distance,
+        weighting=config.graph_weighting,
+        keep=config.graph_keep,
+    )
+
+
+def user_item_graph(split: Split) -> Any:
+    """Users first, then items; each distinct training pair is an edge of weight 1."""
+    values, row_splits = split.train
+    num_users, num_items = split.dataset.num_users, split.dataset.num_items
+    users = np.repeat(np.arange(num_users), np.diff(row_splits))
+    pairs = np.unique(users * num_items + values)
+    return bipartite_graph(pairs // num_items, pairs % num_items, num_users, num_items)
 
 
 def windows_per_step(config: Config, data: TrainData) -> int:
@@ -51,16 +160,60 @@ def windows_per_step(config: Config, data: TrainData) -> int:
     return max(1, round(config.batch_size * data.num_windows / int(data.num_targets)))
 
 
-def make_optimizer(config: Config, graph: Any) -> optax.GradientTransformation:
-    """The optimizer that `config` names, with `graph` to smooth the item table over."""
+# Settings of the optimizer that a sweep may vary within one compiled program.
+SWEPT = ("learning_rate", "weight_decay", "beta", "rescale", "correct_moments")
+
+
+def make_optimizer(
+    config: Config, graph: Any, swept: Collection[str] = (), steps_per_epoch: int = 1
+) -> optax.GradientTransformation:
+    """The optimizer that `config` names, with `graph` to smooth the item table over.
+
+    Args:
+      config: settings.
+      graph: a prepared adjacency, or `None` for a plain optimizer.
+      swept: names of `SWEPT` that become entries of the state's `hyperparams`, as
+        `optax.inject_hyperparams` makes them, so that each run can have its own value.
+      steps_per_epoch: tells the placement `"switch"` when to.
+    """
+    if unknown := set(swept) - set(SWEPT):
+        raise ValueError(f"`swept` may name {SWEPT}, got {sorted(unknown)}.")
+    if not swept:
+        values = {name: getattr(config, name) for name in SWEPT}
+        return _optimizer(config, graph, steps_per_epoch, **values)
+
+    def build(learning_rate, weight_decay, beta, rescale, correct_moments):
+        traced = learning_rate, weight_decay, beta, rescale, correct_moments
+        return _optimizer(config, graph, steps_per_epoch, *traced)
+
+    injected = optax.inject_hyperparams(
+        build, static_args=set(SWEPT) - set(swept), hyperparam_dtype=jnp.float32
+    )
+    # Optax injects numbers, of which it holds True and False to be none.
+    values = {name: getattr(config, name) for name in SWEPT}
+    return injected(**{k: float(v) if k in swept else v for k, v in values.items()})
+
+
+def _optimizer(
+    config: Config,
+    graph: Any,
+    steps_per_epoch: int,
+    learning_rate: Any,
+    weight_decay: Any,
+    beta: Any,
+    rescale: Any,
+    correct_moments: Any,
+) -> optax.GradientTransformation:
     adam: Any = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
-    rate, decay = config.learning_rate, config.weight_decay
+    rate, decay = learning_rate, weight_decay
+    users_too = config.graph == "users_items"
     psi: Any = {
-        "tables": TABLE,
-        "beta": config.beta,
+        "tables": ("user_embedding", TABLE) if users_too else BACKBONES[config.model].tables,
+        "beta": beta,
         "num_layers": config.num_layers,
         "method": config.method,
-        "rescale": config.rescale,
+        "rescale": rescale,
+        "isolated": config.isolated,
     }
     plain = {
         "adamw": lambda: optax.adamw(rate, weight_decay=decay, **adam),
@@ -74,15 +227,40 @@ def make_optimizer(config: Config, graph: Any) -> optax.GradientTransformation:
         return plain[base]()
     if config.placement == "gradient":
         return optax.chain(sevo(graph, **psi), plain[base]())
+    first: list[optax.GradientTransformation] = []
+    if config.placement == "switch":
+        steps = round(config.switch_at * config.epochs * steps_per_epoch)
+        # At beta 0 psi is the identity.
+        before = psi | {"beta": lambda count: jnp.where(count < steps, beta, 0.0)}
+        psi["beta"] = lambda count: jnp.where(count < steps, 0.0, beta)
+        first = [sevo(graph, **before)]
     if base == "adamw":
-        return sevo_adamw(
+        traced = isinstance(correct_moments, jax.Array)
+        after = sevo_adamw(
             rate,
             graph,
-            correct_moments=config.correct_moments,
+            correct_moments=traced or correct_moments,
             weight_decay=decay,
             **adam,
             **psi,
         )
-    if base == "adam":
-        return sevo_adam(rate, graph, weight_decay=decay, **adam, **psi)
-    return sevo_sgd(rate, graph, momentum=config.momentum, weight_decay=decay, **psi)
+        after = _correct_where(correct_moments, after) if traced else after
+    elif base == "adam":
+        after = sevo_adam(rate, graph, weight_decay=decay, **adam, **psi)
+    else:
+        after = sevo_sgd(rate, graph, momentum=config.momentum, weight_decay=decay, **psi)
+    return optax.chain(*first, after) if first else after
+
+
+def _correct_where(
+    correct: jax.Array, optimizer: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """Corrects moments unless the traced `correct` is 0: then every row counts as touched."""
+
+    def update(updates, state, params=None, **extra_args):
+        touched = jax.tree.map(
+            lambda g: jnp.any(g != 0, axis=tuple(range(1, g.ndim))) | (correct == 0), updates
+        )
+        return optimizer.update(updates, state, params, touched=touched, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)

@@ -6,7 +6,7 @@ windows are packed into one stream (`models.packing`), and negatives are drawn u
 the items that the user never trained on.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 
 from models.packing import Packed, pack
 
-Windows = Literal["last", "prefixes", "whole"]
+Windows = Literal["last", "prefixes", "whole", "items", "users"]
 
 
 class TrainData(NamedTuple):
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     stream: Packed
     inputs: jax.Array  # int32 [T]
     targets: jax.Array  # int32 [T]
-    negatives: jax.Array  # int32 [T]
+    negatives: jax.Array  # int32 [T, n]
     weights: jax.Array  # float32 [T], 1 where the target counts
 
 
@@ -68,7 +68,9 @@ def training_data(
         covers the same targets in one pass over a sequence, several to a window: beyond the
         first `max_length` inputs, further windows begin half a length later each and count
         only the targets not yet counted, so that each has between half and a whole length of
-        history.
+        history. `"items"` takes each user's last `max_length` items as inputs that have no
+        targets (BERT4Rec hides some of them), and `"users"` one place for each user, to draw
+        positives for (MF-BPR).
     """
     values, splits = train
     num_inputs = np.maximum(np.diff(splits) - 1, 0)
@@ -96,8 +98,13 @@ def training_data(
         start = begin[users] + place * hop
         length = np.minimum(end[users] - start, max_length)
         warm_up = np.where(first, 0, max_length - hop)
+    elif windows in ("items", "users"):
+        users = np.flatnonzero(np.diff(splits))
+        length = np.minimum(np.diff(splits), max_length if windows == "items" else 1)[users]
+        start = splits[1:][users] - length
+        warm_up = np.zeros(len(users))
     else:
-        raise ValueError(f'`windows` must be "last", "prefixes" or "whole", got {windows!r}.')
+        raise ValueError(f"`windows` must be one of {get_args(Windows)}, got {windows!r}.")
     if len(users) == 0:
         raise ValueError("no user has the two training interactions that a target needs.")
     gaps, gap_splits = _seen(values, splits, num_items)
@@ -136,29 +143,59 @@ def most_slots(order: jax.Array, data: TrainData) -> jax.Array:
     return _padded(data.lengths)[order].sum(axis=1).max()
 
 
-def sample_batch(key: jax.Array, data: TrainData, windows: jax.Array, num_slots: int) -> Batch:
-    """Packs `windows` `[batch_size]` into `num_slots` slots and draws a negative for each."""
+def sample_batch(
+    key: jax.Array,
+    data: TrainData,
+    windows: jax.Array,
+    num_slots: int,
+    num_negatives: int = 1,
+) -> Batch:
+    """Packs `windows` `[batch_size]` into `num_slots` slots and draws n negatives for each."""
     stream = pack(_padded(data.starts)[windows], _padded(data.lengths)[windows], num_slots)
     used = stream.used
     window = jnp.append(windows, data.num_windows)[stream.segment]
     counts = used & (stream.offset >= _padded(data.warm_up)[window])
     index = jnp.where(used, stream.index, 0)
-    negatives = draw_negatives(key, data, _padded(data.users)[window])
-
-    def rows(items: jax.Array) -> jax.Array:
-        return jnp.where(used, items + 1, 0)
-
+    users = _padded(data.users)[window]
+    negatives = draw_negatives(key, data, jnp.tile(users[:, None], num_negatives))
     return Batch(
         stream,
-        rows(data.values[index]),
-        rows(data.values[index + 1]),
-        rows(negatives),
+        jnp.where(used, data.values[index] + 1, 0),
+        jnp.where(used, data.values[index + 1] + 1, 0),
+        jnp.where(used[:, None], negatives + 1, 0),
         counts.astype(jnp.float32),
     )
 
 
+def sample_items(
+    data: TrainData, windows: jax.Array, num_slots: int, num_special: int
+) -> tuple[Packed, jax.Array]:
+    """Packs `windows` of the kind `"items"`: the stream and its table rows, 0 where unused."""
+    stream = pack(_padded(data.starts)[windows], _padded(data.lengths)[windows], num_slots)
+    values = data.values[jnp.where(stream.used, stream.index, 0)]
+    return stream, jnp.where(stream.used, values + num_special, 0)
+
+
+def draw_pairs(
+    key: jax.Array, data: TrainData, windows: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """A positive and a negative for each of `windows` of the kind `"users"`, `[batch_size]`.
+
+    Returns:
+      Users, positives uniform over the distinct items that the user trained on, negatives
+      uniform over the others, and weights, 0 for the windows that fill a partial batch.
+    """
+    positive_key, negative_key = jax.random.split(key)
+    users = _padded(data.users)[windows]
+    first, end = data.seen_splits[users], data.seen_splits[users + 1]
+    place = jax.random.randint(positive_key, users.shape, 0, end - first)
+    positives = data.seen_gaps[first + place] + place
+    weights = (windows < data.num_windows).astype(jnp.float32)
+    return users, positives, draw_negatives(negative_key, data, users), weights
+
+
 def draw_negatives(key: jax.Array, data: TrainData, users: jax.Array) -> jax.Array:
-    """One item for each entry of `users` `[T]`, uniform over those the user has not seen.
+    """One item for each entry of `users` `[...]`, uniform over those the user has not seen.
 
     No rejection: the r-th unseen item is r plus the number of seen items s_j (ascending) with
     s_j - j <= r, found by a binary search in the user's row of `seen_gaps`.

@@ -5,15 +5,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments.options import Fetch, Recommend, Report, Train
+from experiments.options import Ablate, Fetch, Recommend, Report, Train
 
-Command = Train | Recommend | Fetch | Report
+Command = Train | Ablate | Recommend | Fetch | Report
 
 
 def parse(args: list[str]) -> Any:
     """The command that the arguments ask for; without any, `train` with its defaults."""
     commands = (
         Annotated[Train, tyro.conf.subcommand("train")]
+        | Annotated[Ablate, tyro.conf.subcommand("ablate")]
         | Annotated[Recommend, tyro.conf.subcommand("recommend")]
         | Annotated[Fetch, tyro.conf.subcommand("fetch")]
         | Annotated[Report, tyro.conf.subcommand("report")]
@@ -42,6 +43,10 @@ def _run(command: Command) -> None:
         from experiments.main_job import train
 
         train(command)
+    elif isinstance(command, Ablate):
+        from experiments.ablations import ablate
+
+        ablate(command)
     elif isinstance(command, Recommend):
         from experiments.recommend import recommend
 
@@ -52,8 +57,12 @@ def _run(command: Command) -> None:
         path = fetch(command.name, command.folder, sha256=command.sha256)
         print(f"{command.name} is in {path}; pass it to `train --data`")
     else:
+        from experiments.page import write_page
         from experiments.report import keep, write_report
 
         if command.keep:
             keep(command.runs, command.keep)
         print(f"{command.page}: tables of {write_report(command.runs, command.page)} runs")
+        html = command.html or command.page.with_suffix(".html")
+        write_page(command.runs, html)
+        print(f"{html}: their figures and comparisons")

@@ -3,9 +3,26 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-Model = Literal["sasrec", "gru4rec"]
+Model = Literal["sasrec", "gru4rec", "bert4rec", "stosa", "mf", "lightgcn"]
 Optimizer = Literal["adamw", "sevo_adamw", "adam", "sevo_adam", "sgd", "sevo_sgd"]
-Placement = Literal["update", "gradient"]
+Placement = Literal["update", "gradient", "switch"]
+Loss = Literal["bce", "bpr", "gbce", "sampled_softmax", "cross_entropy"]
+Windows = Literal["last", "prefixes", "whole", "items", "users"]
+# How sequences are cut for a model whose objective allows but one way.
+_WINDOWS = {"bert4rec": "items", "mf": "users", "lightgcn": "users"}
+
+
+_FRACTIONS = (
+    "b1",
+    "b2",
+    "momentum",
+    "beta",
+    "dropout_rate",
+    "attention_dropout_rate",
+    "label_smoothing",
+    "gbce_t",
+    "switch_at",
+)
 
 
 @dataclass(frozen=True)
@@ -14,7 +31,10 @@ class Config:
 
     model: Model = "sasrec"
     optimizer: Optimizer = "sevo_adamw"
-    placement: Placement = "update"  # psi on Adam's step (the paper) or on the gradient
+    # Psi on Adam's step (the paper), on the gradient, or on the gradient for the first part of
+    # training and on the step after it.
+    placement: Placement = "update"
+    switch_at: float = 0.25  # that first part; for the placement "switch"
     learning_rate: float = 1e-3
     weight_decay: float = 0.1  # decoupled for *adamw, L2 in the gradient for the others
     b1: float = 0.9
@@ -26,16 +46,27 @@ class Config:
     method: Literal["neumann", "iterative"] = "neumann"
     rescale: bool = True
     correct_moments: bool = True
+    isolated: Literal["scale", "identity"] = "scale"
     graph_window: int = 50  # K: a sequence's last items that make edges
     graph_distance: int = 1  # H: how far apart two items of an edge may stand
-    loss: Literal["bce", "bpr"] = "bce"
-    windows: Literal["last", "prefixes", "whole"] = "last"  # see `batching.training_data`
+    graph_weighting: Literal["inverse_distance", "count"] = "inverse_distance"
+    graph_keep: Literal["last", "first"] = "last"
+    graph: Literal["items", "users_items"] = "items"  # "users_items": mf only
+    loss: Loss = "bce"  # see `objectives.NextItem`; bert4rec and the pairs of mf have their own
+    num_negatives: int = 1  # for each target; for "sampled_softmax", for the whole batch
+    label_smoothing: float = 0.0  # "cross_entropy" only
+    gbce_t: float = 0.75  # "gbce" only
+    pvn_weight: float = 0.0  # STOSA's second term
+    mask_prob: float = 0.5  # bert4rec only
+    windows: Windows = "last"  # see `batching.training_data`
     batch_size: int = 512  # windows in a step; for "whole", targets
     max_length: int = 50
     dim: int = 64
-    num_blocks: int = 2  # SASRec only
-    num_heads: int = 1  # SASRec only
+    num_blocks: int = 2  # of attention, or layers of propagation for lightgcn
+    num_heads: int = 1
     dropout_rate: float = 0.3
+    attention_dropout_rate: float = 0.0  # stosa only; the others use `dropout_rate`
+    fixed: bool = False  # stosa only: without the published code's mistake
     epochs: int = 200
     eval_every: int = 5
 
@@ -47,22 +78,30 @@ class Config:
             if choices := get_args(hints[name]):
                 if value not in choices:
                     raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
-            elif name in ("b1", "b2", "momentum", "beta", "dropout_rate"):
+            elif name in _FRACTIONS:
                 if not 0 <= value < 1:
                     raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
             elif value < 0 or (
-                value == 0 and name not in ("weight_decay", "num_layers", "epochs")
+                value == 0
+                and name not in ("weight_decay", "num_layers", "epochs", "pvn_weight")
             ):
                 raise ValueError(f"`{name}` must be positive, got {value}.")
-        if self.placement == "gradient" and not self.optimizer.startswith("sevo_"):
+        needed = _WINDOWS.get(self.model)
+        if self.windows != needed and (needed or self.windows in _WINDOWS.values()):
             raise ValueError(
-                f'`placement` "gradient" needs an optimizer with SEvo, got {self.optimizer!r}.'
+                f"`windows` of {self.model} must be {needed or 'last, prefixes or whole'}, got "
+                f"{self.windows!r}."
+            )
+        if self.placement != "update" and not self.optimizer.startswith("sevo_"):
+            raise ValueError(
+                f'`placement` "{self.placement}" needs an optimizer with SEvo, got '
+                f"{self.optimizer!r}."
             )
 
     @property
     def label(self) -> str:
         """A short name of the optimizer, such as `sevo_adamw` or `sevo_adamw-gradient`."""
-        return self.optimizer + ("-gradient" if self.placement == "gradient" else "")
+        return self.optimizer + ("" if self.placement == "update" else f"-{self.placement}")
 
 
 _SASREC: dict[str, Any] = {"model": "sasrec"}
@@ -74,6 +113,36 @@ _GRU4REC: dict[str, Any] = {
     "dropout_rate": 0.4,
     "epochs": 300,
 }
+_BERT4REC: dict[str, Any] = {
+    "model": "bert4rec",
+    "windows": "items",
+    "loss": "cross_entropy",
+    "b2": 0.95,
+    "batch_size": 256,
+    "num_heads": 4,
+    "epochs": 500,
+}
+_STOSA: dict[str, Any] = {
+    "model": "stosa",
+    "loss": "bpr",
+    "pvn_weight": 0.005,
+    "b2": 0.999,
+    "batch_size": 256,
+    "max_length": 100,
+    "graph_window": 100,
+    "num_blocks": 1,
+    "num_heads": 4,
+    "dropout_rate": 0.2,
+    "epochs": 500,
+}
+_PAIRS: dict[str, Any] = {
+    "windows": "users",
+    "loss": "bpr",
+    "b2": 0.999,
+    "batch_size": 2048,
+    "epochs": 1000,
+}
+_MF = _PAIRS | {"model": "mf"}
 _LONG = {"max_length": 200, "graph_window": 200}
 
 # By model and dataset: the hyper-parameters of the official code. Beside each, the published
@@ -92,9 +161,35 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("gru4rec", "movielens_1m"): _GRU4REC
     | _LONG
     | {"dropout_rate": 0.3, "weight_decay": 0.01},  # .1366 +- .0011
+    ("bert4rec", "amazon_beauty"): _BERT4REC
+    | {"learning_rate": 5e-4, "dropout_rate": 0.2},  # .0430 +- .0005
+    ("bert4rec", "amazon_toys"): _BERT4REC | {"dropout_rate": 0.1},  # .0410 +- .0008
+    ("bert4rec", "amazon_tools"): _BERT4REC | {"mask_prob": 0.4},  # .0235 +- .0008
+    ("bert4rec", "movielens_1m"): _BERT4REC
+    | {"b2": 0.999, "max_length": 200, "graph_window": 10}
+    | {"dropout_rate": 0.1, "mask_prob": 0.2},  # .1743 +- .0021
+    ("stosa", "amazon_beauty"): _STOSA | {"attention_dropout_rate": 0.5},  # .0457 +- .0007
+    ("stosa", "amazon_toys"): _STOSA | {"attention_dropout_rate": 0.6},  # .0532 +- .0005
+    ("stosa", "amazon_tools"): _STOSA
+    | {"attention_dropout_rate": 0.1, "dropout_rate": 0.3},  # .0293 +- .0005
+    ("stosa", "movielens_1m"): _STOSA
+    | _LONG
+    | {"attention_dropout_rate": 0.2, "dropout_rate": 0.1, "pvn_weight": 0.001}
+    | {"learning_rate": 5e-3},  # .1295 +- .0016
+    ("mf", "amazon_beauty"): _MF | {"beta": 0.9},  # .0244 +- .0006
+    ("mf", "amazon_toys"): _MF,  # .0258 +- .0003
+    ("mf", "amazon_tools"): _MF | {"weight_decay": 0.5, "beta": 0.5},  # .0187 +- .0005
+    ("mf", "movielens_1m"): _MF | {"weight_decay": 0.05, "graph_window": 10},  # .0437 +- .0005
+    # Not with SEvo, but beside it: the model that does with a network what SEvo does in
+    # training. The paper's table has no settings; these are the model's own paper's.
+    ("lightgcn", "amazon_beauty"): _PAIRS | {"num_blocks": 3, "model": "lightgcn"},
     # Not the paper's: short, for the generated data.
     ("sasrec", "synthetic"): _SASREC | {"epochs": 30, "batch_size": 64},
     ("gru4rec", "synthetic"): _GRU4REC | {"epochs": 30, "batch_size": 256},
+    ("bert4rec", "synthetic"): _BERT4REC | {"epochs": 60, "batch_size": 64},
+    ("stosa", "synthetic"): _STOSA | {"epochs": 30, "batch_size": 64, "max_length": 50},
+    ("mf", "synthetic"): _MF | {"epochs": 100},
+    ("lightgcn", "synthetic"): _PAIRS | {"model": "lightgcn", "num_blocks": 3, "epochs": 100},
 }
 
 

@@ -10,9 +10,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from experiments.config import Config
-from experiments.dataset import Dataset, global_time_split, leave_one_out
+from experiments.dataset import Dataset, Split, global_time_split, leave_one_out
 from experiments.loaders import load
-from experiments.options import Train
+from experiments.options import Job, Train
 from experiments.plots import plot_run
 from experiments.published import published
 from experiments.ranking import METRICS
@@ -24,9 +24,7 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
     """Runs `python -m experiments train`."""
     # In a file or a pipe nothing says how wide the table may be.
     console = console or Console(width=None if sys.stdout.isatty() else 140)
-    dataset = load_data(options)
-    times = options.split_times
-    split = global_time_split(dataset, *times) if times else leave_one_out(dataset)
+    dataset, split = split_of(options)
     out = options.out or Path("runs") / f"{dataset.name}-{options.model}"
     console.print(
         f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
@@ -38,7 +36,7 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
     results = []
     for config in configs:
         folder = out / config.label
-        with _show(console, config) as report:
+        with show(console, config.label, config) as report:
             results.append(
                 fit(
                     config,
@@ -56,7 +54,13 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
     return results
 
 
-def load_data(options: Train) -> Dataset:
+def split_of(options: Job) -> tuple[Dataset, Split]:
+    """The data that the options name, and what of it is trained on and held out."""
+    dataset, times = load_data(options), options.split_times
+    return dataset, global_time_split(dataset, *times) if times else leave_one_out(dataset)
+
+
+def load_data(options: Job) -> Dataset:
     if options.data == "synthetic":
         return synthetic()
     return load(
@@ -69,18 +73,18 @@ def load_data(options: Train) -> Dataset:
     )
 
 
-class _show:
+class show:
     """A live line on a terminal; a plain line for every validation elsewhere."""
 
-    def __init__(self, console: Console, config: Config):
-        self.console, self.config = console, config
+    def __init__(self, console: Console, title: str, config: Config):
+        self.console, self.title, self.config = console, title, config
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[state]}"),
         )
         self.bar = Bar(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task(config.label, total=config.epochs, state="compiling")
+        self.task = self.bar.add_task(title, total=config.epochs, state="compiling")
         self.start, self.reports = (0, 0.0), 0
 
     def __enter__(self):
@@ -106,7 +110,7 @@ class _show:
         self.bar.update(self.task, completed=epoch, state=state)
         validated = epoch % self.config.eval_every == 0 or epoch == epochs
         if not self.console.is_terminal and validated:
-            self.console.print(f"{self.config.label}  {state}", soft_wrap=True)
+            self.console.print(f"{self.title}  {state}", soft_wrap=True)
 
 
 def _mean(values: np.ndarray) -> str:
@@ -130,7 +134,7 @@ def results_table(results: list[Result], dataset: str) -> Table:
     base = next((r for r in results if not r.config.optimizer.startswith("sevo_")), None)
     for result in results:
         label = result.config.label
-        columns[label] = [_spread(result.test[name]) for name in METRICS]
+        columns[label] = [spread(result.test[name]) for name in METRICS]
         columns[label].append(" ".join(map(str, result.best_epoch)))
         if known := published(result.config, dataset):
             columns[f"published {label}"] = [_published(known.get(name)) for name in METRICS]
@@ -148,7 +152,7 @@ def results_table(results: list[Result], dataset: str) -> Table:
     return table
 
 
-def _spread(values: np.ndarray) -> str:
+def spread(values: np.ndarray) -> str:
     spread = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
     return f"{values.mean():.4f}{spread}"
 

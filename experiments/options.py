@@ -2,29 +2,24 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from experiments.config import Config, Model, Optimizer, Placement, preset
+from tyro.conf import Positional
+
+from experiments.config import Config, Loss, Model, Optimizer, Placement, Windows, preset
 
 
-@dataclass
-class Train:
-    """Train backbones and rank all items for every user.
-
-    Without options: SASRec on the generated data, AdamW against SEvo-AdamW. An option that is
-    not given comes from the preset of the model and the dataset, which holds the paper's
-    settings where the paper has any.
-    """
+@dataclass(kw_only=True)
+class Job:
+    """What all commands that train take: the data, and settings that replace the preset's."""
 
     data: str = "synthetic"
     """A folder or file to load, or `synthetic` for the generated data."""
     model: Model = "sasrec"
-    optimizers: tuple[Optimizer, ...] = ("adamw", "sevo_adamw")
-    """Each is trained in turn on the same data and seeds."""
     seeds: tuple[int, ...] = (0,)
     """Trained together in one compiled program."""
     out: Path | None = None
-    """Where runs are kept, a folder for each optimizer; by default runs/DATA-MODEL."""
+    """Where runs are kept; by default below runs/."""
     resume: bool = False
     """Go on from the newest checkpoints in `out`."""
     preset: str | None = None
@@ -43,7 +38,9 @@ class Train:
     """Validate from the first timestamp on and test from the second, instead of each user's
     last two interactions."""
     placement: Placement | None = None
-    """Smooth Adam's `update` (the paper) or the `gradient`; for optimizers with SEvo."""
+    """Smooth Adam's `update` (the paper), the `gradient`, or first that and then this; for
+    optimizers with SEvo."""
+    switch_at: float | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
     b1: float | None = None
@@ -57,30 +54,73 @@ class Train:
     method: Literal["neumann", "iterative"] | None = None
     rescale: bool | None = None
     correct_moments: bool | None = None
+    isolated: Literal["scale", "identity"] | None = None
     graph_window: int | None = None
     graph_distance: int | None = None
-    loss: Literal["bce", "bpr"] | None = None
-    windows: Literal["last", "prefixes", "whole"] | None = None
+    graph_weighting: Literal["inverse_distance", "count"] | None = None
+    graph_keep: Literal["last", "first"] | None = None
+    graph: Literal["items", "users_items"] | None = None
+    """What SEvo smooths over; users and items share a graph only in mf."""
+    loss: Loss | None = None
+    num_negatives: int | None = None
+    label_smoothing: float | None = None
+    gbce_t: float | None = None
+    pvn_weight: float | None = None
+    mask_prob: float | None = None
+    windows: Windows | None = None
     """How sequences are cut for training: each user's last items, every prefix on its own, or
-    all prefixes in one pass."""
+    all prefixes in one pass. The others belong to bert4rec and mf."""
     batch_size: int | None = None
     max_length: int | None = None
     dim: int | None = None
     num_blocks: int | None = None
     num_heads: int | None = None
     dropout_rate: float | None = None
+    attention_dropout_rate: float | None = None
+    fixed: bool | None = None
+    """STOSA without the published code's mistake."""
     epochs: int | None = None
     eval_every: int | None = None
 
+    def given(self) -> dict[str, Any]:
+        """The settings that were given."""
+        names = {one.name for one in fields(Config)} & {one.name for one in fields(self)}
+        found = {name: getattr(self, name) for name in names - {"model"}}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class Train(Job):
+    """Train backbones and rank all items for every user.
+
+    Without options: SASRec on the generated data, AdamW against SEvo-AdamW. An option that is
+    not given comes from the preset of the model and the dataset, which holds the paper's
+    settings where the paper has any.
+    """
+
+    optimizers: tuple[Optimizer, ...] = ("adamw", "sevo_adamw")
+    """Each is trained in turn on the same data and seeds."""
+
     def config(self, optimizer: Optimizer, dataset: str) -> Config:
-        names = {field.name for field in fields(Config)} & {
-            field.name for field in fields(self)
-        }
-        given = {name: getattr(self, name) for name in names - {"model"}}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = self.given()
         if not optimizer.startswith("sevo_"):
             given.pop("placement", None)
         return preset(self.model, self.preset or dataset, optimizer, **given)
+
+
+@dataclass(kw_only=True)
+class Ablate(Job):
+    """Compare settings: an ablation of the paper, or what it left open.
+
+    Settings that differ in the optimizer's numbers alone, and all seeds, train in one compiled
+    program.
+    """
+
+    name: Positional[str]
+    """One of optimizer, approximation, rescale, correction, layers, graph, placement, loss,
+    beta."""
+    arms: tuple[str, ...] = ()
+    """Only these of the settings, by their names; all by default."""
 
 
 @dataclass
@@ -111,11 +151,13 @@ class Fetch:
 
 @dataclass
 class Report:
-    """Write the tables of RESULTS.md from the records of runs."""
+    """Write the tables of RESULTS.md, and an HTML page, from the records of runs."""
 
     runs: tuple[Path, ...] = (Path("results"),)
     """Folders to search for records."""
     page: Path = Path("RESULTS.md")
     """The page whose generated part is replaced."""
+    html: Path | None = None
+    """Where the page with figures and comparisons goes; by default beside `page`."""
     keep: Path | None = None
     """First copy the records of the runs here, thinned."""

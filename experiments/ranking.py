@@ -25,9 +25,25 @@ class RankingData(NamedTuple):
     values: jax.Array  # int32 [num_values], items of the histories
     starts: jax.Array  # int32 [chunks, C], where the model's input begins in `values`
     lengths: jax.Array  # int32 [chunks, C], at most the model's maximal length
+    users: jax.Array  # int32 [chunks, C]
     targets: jax.Array  # int32 [chunks, C], items
     masked_rows: jax.Array  # int32 [chunks, P], place in the chunk; C for an unused entry
     masked_items: jax.Array  # int32 [chunks, P], distinct items of the row's history
+
+
+class Histories(NamedTuple):
+    """What a model may know of the C users of a chunk."""
+
+    values: jax.Array  # int32 [num_values], items
+    starts: jax.Array  # int32 [C]
+    lengths: jax.Array  # int32 [C]
+    users: jax.Array  # int32 [C]
+
+    def pack(self, num_slots: int, num_special: int = 1) -> tuple[Packed, jax.Array]:
+        """The histories in one stream, and its table rows `[num_slots]`, 0 where unused."""
+        stream = pack(self.starts, self.lengths, num_slots)
+        values = self.values[jnp.minimum(stream.index, len(self.values) - 1)]
+        return stream, jnp.where(stream.used, values + num_special, 0)
 
 
 class Ranks(NamedTuple):
@@ -65,7 +81,9 @@ def ranking_data(
             pairs[:, chunk, : len(found)] = found.T
         values = np.zeros(num_values)
         values[: len(part.history_values)] = part.history_values
-        arrays = (values, starts, lengths, targets, *pairs)
+        users = np.zeros(chunks * chunk_size, np.int64)
+        users[: len(part.users)] = part.users
+        arrays = (values, starts, lengths, users.reshape(chunks, -1), targets, *pairs)
         data.append(RankingData(*(jnp.asarray(a, jnp.int32) for a in arrays)))
     return data, num_slots
 
@@ -92,19 +110,16 @@ def _lay_out(part: Evaluation, max_length: int, chunks: int, chunk_size: int):
 
 
 def rank_targets(
-    scores_of: Callable[[jax.Array, Packed], jax.Array],
+    scores_of: Callable[[Histories], jax.Array],
     data: RankingData,
-    num_slots: int,
     *,
     mask_history: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Counts, for every target, the items above it and those level with it.
 
     Args:
-      scores_of: takes the table rows `[num_slots]` of a packed stream of C histories and the
-        stream, and returns scores `[C, num_items]`.
+      scores_of: takes the histories of C users and returns scores `[C, num_items]`.
       data: from `ranking_data`.
-      num_slots: from `ranking_data`.
       mask_history: leave out the items of the history. A target that is in its own history
         then counts as ranked last. An item whose score is not a number ranks above, a target
         whose score is not a number ranks last: a broken model never looks good.
@@ -114,13 +129,8 @@ def rank_targets(
     """
 
     def chunk(_, data_chunk):
-        values = data.values
-        starts, lengths, targets, rows, items = data_chunk
-        stream = pack(starts, lengths, num_slots)
-        inputs = jnp.where(
-            stream.used, values[jnp.minimum(stream.index, len(values) - 1)] + 1, 0
-        )
-        scores = scores_of(inputs, stream)
+        starts, lengths, users, targets, rows, items = data_chunk
+        scores = scores_of(Histories(data.values, starts, lengths, users))
         target_scores = jnp.take_along_axis(scores, targets[:, None], axis=1)
         above = (~(scores <= target_scores)).sum(axis=1, dtype=jnp.int32)
         level = (scores == target_scores).sum(axis=1, dtype=jnp.int32)
@@ -143,7 +153,7 @@ def rank_targets(
     _, counts = jax.lax.scan(
         chunk,
         None,
-        (data.starts, data.lengths, data.targets, data.masked_rows, data.masked_items),
+        data[1:],
     )
     return counts
 

@@ -8,9 +8,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments.backbones import BACKBONES
 from experiments.options import Recommend
+from experiments.ranking import Histories
 from experiments.run import load_run
-from models.packing import pack
 
 
 def top_items(
@@ -29,6 +30,8 @@ def top_items(
     if top < 1:
         raise ValueError(f"`top` must be at least 1, got {top}.")
     module, item_ids, config = load_run(folder, seed)
+    if config.windows == "users":
+        raise ValueError(f"`folder` {folder} holds {config.model}, which knows no sequences.")
     known = {str(external): item for item, external in enumerate(item_ids)}
     if unknown := [external for external in history if str(external) not in known]:
         raise ValueError(
@@ -36,11 +39,11 @@ def top_items(
             f"Its {len(item_ids):,} items are named like {item_ids[0]}."
         )
     items = np.array([known[str(external)] for external in history])
-    newest = items[-config.max_length :]
-    stream = pack(jnp.array([0]), jnp.array([len(newest)]), config.max_length)
-    rows = jnp.where(stream.used, jnp.pad(newest + 1, (0, config.max_length))[stream.index], 0)
-    states = module.packed(module.item_embedding(rows), stream)
-    scores = np.array(module.item_embedding.embedding[1:] @ states[stream.last[0]])
+    objective = BACKBONES[config.model].objective(len(item_ids), config)
+    newest = items[-(config.max_length - objective.num_queries) :]
+    one = jnp.array([0])
+    histories = Histories(jnp.asarray(newest, jnp.int32), one, jnp.array([len(newest)]), one)
+    scores = np.array(objective.scorer(module, len(newest), None)(histories)[0])
     scores[items] = -np.inf
     best = np.argsort(-scores, kind="stable")[: min(top, int(np.isfinite(scores).sum()))]
     return [(str(item_ids[item]), float(scores[item])) for item in best]

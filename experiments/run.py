@@ -2,14 +2,17 @@
 
 A run lives in a folder: `run.json` (what was asked for), `records.jsonl`, `checkpoints/`,
 `item_ids.npy` (external ids, for recommending) and at the end `ranks.npz` (the rank of every
-test target). After every epoch the whole state is saved, so that a run that was interrupted
-goes on from there and ends with the same bits as one that was not.
+test target). A sweep trains several settings in one compiled program; each has such a folder
+of its own, but for the checkpoints, which are in the folder above. After every epoch the whole
+state is saved, so that a run that was interrupted goes on from there and ends with the same
+bits as one that was not.
 """
 
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,20 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from experiments import records
-from experiments.backbones import BACKBONES, make_optimizer, windows_per_step
+from experiments.backbones import (
+    BACKBONES,
+    SWEPT,
+    make_graph,
+    make_optimizer,
+    user_item_graph,
+    windows_per_step,
+)
 from experiments.batching import training_data
 from experiments.config import Config
 from experiments.dataset import Dataset, Split
 from experiments.ranking import Ranks, collect, metrics, ranking_data
 from experiments.training import Trainer, TrainState
-from models.losses import LOSSES
-from sevo_jax import item_graph, normalized_adjacency
+from sevo_jax import normalized_adjacency
 
 RUN = "run.json"
 SELECTION = "NDCG@10"  # the validation metric that picks the best epoch
@@ -35,7 +44,7 @@ SELECTION = "NDCG@10"  # the validation metric that picks the best epoch
 
 @dataclass
 class Progress:
-    """Where a run stands after an epoch; arrays have one entry for each seed.
+    """Where a run stands after an epoch; arrays have an entry for each setting and seed.
 
     It is saved beside the parameters, so that a resumed run knows it too.
     """
@@ -46,12 +55,12 @@ class Progress:
     best: np.ndarray
     best_epoch: np.ndarray
     seconds: float = 0.0  # training, validation and saving, over all parts of a resumed run
-    records_bytes: int = 0
+    records_bytes: list[int] = field(default_factory=list)  # of each setting's file
 
     @classmethod
-    def start(cls, num_seeds: int) -> "Progress":
-        nothing = np.full(num_seeds, np.nan)
-        return cls(-1, nothing, nothing, np.full(num_seeds, -1.0), np.zeros(num_seeds, int))
+    def start(cls, num_runs: int) -> "Progress":
+        nothing = np.full(num_runs, np.nan)
+        return cls(-1, nothing, nothing, np.full(num_runs, -1.0), np.zeros(num_runs, int))
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
@@ -59,8 +68,8 @@ class Progress:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
-        arrays: Any = {k: np.array(v) for k, v in values.items() if isinstance(v, list)}
-        return cls(**(values | arrays))
+        names = ("loss", "valid", "best", "best_epoch")
+        return cls(**(values | {name: np.array(values[name]) for name in names}))
 
 
 @dataclass(frozen=True)
@@ -75,32 +84,32 @@ class Result:
     seconds: float
 
 
-def make_trainer(config: Config, split: Split) -> Trainer:
-    """Builds the compiled training functions for a configuration on a split."""
-    num_items = split.dataset.num_items
-    build = BACKBONES[config.model]
+def make_trainer(config: Config, split: Split, swept: Sequence[str] = ()) -> Trainer:
+    """Builds the compiled training functions for a configuration on a split.
+
+    Args:
+      config: settings.
+      split: data.
+      swept: settings that each run has its own values of, see `make_optimizer`.
+    """
+    dataset, backbone = split.dataset, BACKBONES[config.model]
     data = training_data(
-        split.train, num_items, max_length=config.max_length, windows=config.windows
+        split.train, dataset.num_items, max_length=config.max_length, windows=config.windows
     )
     graph = None
     if config.optimizer.startswith("sevo_"):
-        values, row_splits = split.train
-        # Row 0 of the item table is padding, an isolated node.
-        graph = normalized_adjacency(
-            item_graph(
-                (values + 1, row_splits),
-                num_items + 1,
-                window=config.graph_window,
-                max_distance=config.graph_distance,
-            )
-        )
+        graph = normalized_adjacency(make_graph(config, split))
+    objective = backbone.objective(dataset.num_items, config)
+    batch_size = windows_per_step(config, data)
+    samples = len(data.values) if config.windows == "users" else data.num_windows
     return Trainer(
-        lambda rngs: build(num_items, config, rngs),
-        make_optimizer(config, graph),
-        LOSSES[config.loss],
+        lambda rngs: backbone.build(dataset.num_users, dataset.num_items, config, rngs),
+        make_optimizer(config, graph, swept, -(-samples // batch_size)),
+        objective,
         graph,
         data,
-        windows_per_step(config, data),
+        batch_size,
+        user_item_graph(split) if config.model == "lightgcn" else None,
     )
 
 
@@ -130,26 +139,79 @@ def fit(
       ValueError: the folder holds a run, or one with other settings.
       FloatingPointError: the loss of a seed is not finite.
     """
+    (result,) = fit_sweep(
+        {"": config}, split, seeds, folder, source=source, resume=resume, report=report
+    )
+    return result
+
+
+def fit_sweep(
+    configs: Mapping[str, Config],
+    split: Split,
+    seeds: Sequence[int],
+    folder: str | Path,
+    *,
+    source: str = "",
+    resume: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> list[Result]:
+    """`fit` for several settings at once, one compilation for all of them.
+
+    Args:
+      configs: settings by name, which differ in the optimizer's `backbones.SWEPT` alone. Each
+        is kept in the folder of its name below `folder`.
+      split, seeds, folder, source, resume, report: see `fit`; `report` gets arrays
+        `[len(configs) * len(seeds)]`, the seeds of a setting next to each other.
+    """
     seeds = tuple(seeds)
     if len(set(seeds)) != len(seeds) or not seeds:
         raise ValueError(f"`seeds` must be distinct and at least one, got {seeds}.")
     folder = Path(folder)
-    trainer = make_trainer(config, split)
+    config, *others = configs.values()
+    swept = [
+        name
+        for name in SWEPT
+        if any(getattr(other, name) != getattr(config, name) for other in others)
+    ]
+    for name, other in configs.items():
+        same = {name: getattr(config, name) for name in swept}
+        if replace(other, **same) != config:
+            raise ValueError(f"`configs` may differ in {SWEPT} alone, but {name!r} does not.")
+    trainer = make_trainer(config, split, swept)
     parts = [split.evaluation("valid"), split.evaluation("test")]
-    (valid_data, test_data), num_slots = ranking_data(parts, max_length=config.max_length)
+    (valid_data, test_data), num_slots = ranking_data(
+        parts, max_length=config.max_length - trainer.objective.num_queries
+    )
     # Only now: data that cannot be trained on or ranked must not leave a folder behind.
-    _claim(folder, config, split.dataset, seeds, source, resume)
-    state = trainer.init(jax.vmap(jax.random.key)(jnp.asarray(seeds)))
-    log = records.Log(folder, seeds, _described(config, split, seeds, source))
+    _claim(folder, configs, split.dataset, seeds, source, resume)
+    runs = [(label, seed) for label in configs for seed in seeds]
+    state = trainer.init(jax.vmap(jax.random.key)(jnp.array([seed for _, seed in runs])))
+    if swept:
+        values = {
+            name: jnp.array([getattr(configs[label], name) for label, _ in runs], jnp.float32)
+            for name in swept
+        }
+        state = state._replace(opt_state=state.opt_state._replace(hyperparams=values))  # type: ignore
+    logs = [
+        records.Log(folder / label, seeds, _described(one, split, seeds, source))
+        for label, one in configs.items()
+    ]
+
+    def log(kind: str, epoch: Any, found: dict[str, np.ndarray], seconds: float) -> None:
+        epochs = np.broadcast_to(epoch, len(runs)).reshape(len(logs), -1)
+        for i, one in enumerate(logs):
+            part = slice(i * len(seeds), (i + 1) * len(seeds))
+            one.add(kind, epochs[i], {k: v[part] for k, v in found.items()}, seconds)
 
     def rank(params: Any, data: Any, part: int) -> Ranks:
         return collect(trainer.rank(params, data, num_slots), len(parts[part].targets))
 
     with _checkpoints(folder) as manager:
-        progress = Progress.start(len(seeds))
+        progress = Progress.start(len(runs))
         if resume and manager.latest_step() is not None:
             state, progress = _restore(manager, state)
-        log.truncate(progress.records_bytes)
+        for one, length in zip(logs, progress.records_bytes or [0] * len(logs), strict=True):
+            one.truncate(length)
         started = time.perf_counter() - progress.seconds
         for epoch in range(progress.epoch + 1, config.epochs + 1):
             progress.epoch = epoch
@@ -157,8 +219,8 @@ def fit(
                 began = time.perf_counter()
                 state, loss = trainer.epoch(state, epoch)
                 progress.loss = np.asarray(loss, np.float64)
-                _check_finite(progress.loss, seeds, epoch)
-                log.add("epoch", epoch, {"loss": progress.loss}, time.perf_counter() - began)
+                _check_finite(progress.loss, runs, epoch)
+                log("epoch", epoch, {"loss": progress.loss}, time.perf_counter() - began)
             if epoch % config.eval_every == 0 or epoch == config.epochs:
                 found = metrics(rank(state.params, valid_data, 0))
                 progress.valid = found[SELECTION]
@@ -166,20 +228,26 @@ def fit(
                 state = trainer.keep_best(state, improved)
                 progress.best = np.where(improved, progress.valid, progress.best)
                 progress.best_epoch = np.where(improved, epoch, progress.best_epoch)
-                log.add("valid", epoch, found, time.perf_counter() - started)
-            progress.records_bytes = log.flush()
+                log("valid", epoch, found, time.perf_counter() - started)
+            progress.records_bytes = [one.flush() for one in logs]
             progress.seconds = time.perf_counter() - started
             _save(manager, epoch, state, progress)
             report(progress)
     best_ranks = rank(state.best_params, test_data, 1)
     test, last = metrics(best_ranks), metrics(rank(state.params, test_data, 1))
-    log.add("test", progress.best_epoch, test, progress.seconds)
-    log.add("last_test", progress.epoch, last, progress.seconds)
-    log.flush()
-    np.savez_compressed(
-        folder / "ranks.npz", seeds=seeds, users=parts[1].users, **best_ranks._asdict()
-    )
-    return Result(config, seeds, test, last, progress.best_epoch, progress.seconds)
+    log("test", progress.best_epoch, test, progress.seconds)
+    log("last_test", progress.epoch, last, progress.seconds)
+    results = []
+    for i, (label, one) in enumerate(configs.items()):
+        part = slice(i * len(seeds), (i + 1) * len(seeds))
+        logs[i].flush()
+        ranks = {name: values[part] for name, values in best_ranks._asdict().items()}
+        np.savez_compressed(
+            folder / label / "ranks.npz", seeds=seeds, users=parts[1].users, **ranks
+        )
+        found = [{k: v[part] for k, v in metric.items()} for metric in (test, last)]
+        results.append(Result(one, seeds, *found, progress.best_epoch[part], progress.seconds))
+    return results
 
 
 def load_run(folder: str | Path, seed: int | None = None) -> tuple[Any, np.ndarray, Config]:
@@ -196,54 +264,68 @@ def load_run(folder: str | Path, seed: int | None = None) -> tuple[Any, np.ndarr
     if not (folder / RUN).exists():
         raise ValueError(f"`folder` {folder} holds no run: there is no {RUN} in it.")
     held = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    config, seeds = Config(**held["config"]), held["seeds"]
+    config, seeds, data = Config(**held["config"]), held["seeds"], held["data"]
     if seed is not None and seed not in seeds:
         raise ValueError(f"`seed` must be one of the run's {seeds}, got {seed}.")
-    with _checkpoints(folder) as manager:
+    with _checkpoints(folder / held["checkpoints"]) as manager:
         if manager.latest_step() is None:
             raise ValueError(f"`folder` {folder} holds no checkpoint yet.")
         restored = manager.restore(
             manager.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore())
         )
-    place = 0 if seed is None else seeds.index(seed)
+    place = held["first"] + (0 if seed is None else seeds.index(seed))
     params = jax.tree.map(lambda leaf: leaf[place], restored["state"]["best_params"])
-    build = BACKBONES[config.model]
-    module = nnx.eval_shape(lambda: build(held["data"]["items"], config, nnx.Rngs(0)))
+    build = BACKBONES[config.model].build
+    module = nnx.eval_shape(lambda: build(data["users"], data["items"], config, nnx.Rngs(0)))
     graphdef = nnx.split(module)[0]
     return nnx.merge(graphdef, params), np.load(folder / "item_ids.npy"), config
 
 
 def _claim(
     folder: Path,
-    config: Config,
+    configs: Mapping[str, Config],
     dataset: Dataset,
     seeds: tuple[int, ...],
     source: str,
     resume: bool,
 ) -> None:
-    """Makes the folder, or checks that it holds the run to resume."""
+    """Makes the folder of each setting, or checks that it holds the run to resume."""
+    counts = {"users": dataset.num_users, "items": dataset.num_items}
     wanted = {
-        "config": asdict(config),
-        "seeds": list(seeds),
-        "data": {"name": dataset.name, "source": source, "items": dataset.num_items},
+        folder / label / RUN: {
+            "config": asdict(config),
+            "seeds": list(seeds),
+            "data": {"name": dataset.name, "source": source} | counts,
+            "checkpoints": os.path.relpath(folder, folder / label),
+            "first": place * len(seeds),  # of the checkpoint's runs
+        }
+        for place, (label, config) in enumerate(configs.items())
     }
-    path = folder / RUN
-    if path.exists():
+    for path in filter(Path.exists, wanted):
         if not resume:
-            raise ValueError(f"`folder` {folder} holds a run; resume it or choose another.")
-        held = json.loads(path.read_text(encoding="utf-8"))
-        for part in (held, wanted):
-            part["config"] = {k: v for k, v in part["config"].items() if k != "epochs"}
-        if held != wanted:
-            names = [k for k in wanted if held.get(k) != wanted[k]]
-            changed = {k: (held.get(k), wanted[k]) for k in names}
-            raise ValueError(f"`folder` {folder} holds a run with other settings: {changed}.")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "item_ids.npy", dataset.item_ids)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
-    temporary.replace(path)
+            raise ValueError(
+                f"`folder` {path.parent} holds a run; resume it or choose another."
+            )
+        _check_same(path, wanted[path])
+    for path, run in wanted.items():
+        if path.exists():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path.parent / "item_ids.npy", dataset.item_ids)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(run, indent=2), encoding="utf-8")
+        temporary.replace(path)
+
+
+def _check_same(path: Path, wanted: dict[str, Any]) -> None:
+    held = json.loads(path.read_text(encoding="utf-8"))
+    held, wanted = (
+        part | {"config": {k: v for k, v in part["config"].items() if k != "epochs"}}
+        for part in (held, wanted)
+    )
+    changed = {k: (held.get(k), wanted[k]) for k in wanted if held.get(k) != wanted[k]}
+    if changed:
+        raise ValueError(f"`folder` {path.parent} holds a run with other settings: {changed}.")
 
 
 def _described(
@@ -266,11 +348,12 @@ def _described(
     }
 
 
-def _check_finite(losses: np.ndarray, seeds: tuple[int, ...], epoch: int) -> None:
+def _check_finite(losses: np.ndarray, runs: list[tuple[str, int]], epoch: int) -> None:
     if not np.isfinite(losses).all():
-        bad = [seed for seed, loss in zip(seeds, losses, strict=True) if not np.isfinite(loss)]
+        bad = [run for run, loss in zip(runs, losses, strict=True) if not np.isfinite(loss)]
+        named = ", ".join(f"{seed} of {label}" if label else str(seed) for label, seed in bad)
         raise FloatingPointError(
-            f"the loss of seed {', '.join(map(str, bad))} is not finite in epoch {epoch}; the "
+            f"the loss of seed {named} is not finite in epoch {epoch}; the "
             "checkpoint of the epoch before is kept. Try a smaller learning rate."
         )
 

@@ -10,11 +10,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.batching import TrainData, epoch_order, most_slots, sample_batch
+from experiments.batching import TrainData, most_slots
+from experiments.objectives import Objective
 from experiments.ranking import RankingData, rank_targets
 
 Params = dict[str, Any]
-Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class TrainState(NamedTuple):
@@ -35,29 +35,33 @@ class Trainer:
     Args:
       build: makes the module from `nnx.Rngs`.
       optimizer: any Optax transformation; `update` gets the adjacency as `graph`.
-      loss: of positive scores, negative scores and weights, from `models.losses`.
+      objective: what a step draws and minimises.
       graph: an adjacency prepared by `sevo_jax.normalized_adjacency`, passed to the compiled
         epoch as data, or `None`.
       data: from `training_data`.
       batch_size: windows in a batch.
+      context: arrays that the objective needs beside the parameters, such as the graph that a
+        model propagates over; passed to the compiled epoch as data.
     """
 
     def __init__(
         self,
         build: Callable[[nnx.Rngs], Any],
         optimizer: optax.GradientTransformation,
-        loss: Loss,
+        objective: Objective,
         graph: Any,
         data: TrainData,
         batch_size: int,
+        context: Any = None,
     ):
         self.build = build
         self.graphdef = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0]
         self.optimizer = optax.with_extra_args_support(optimizer)
-        self.loss = loss
+        self.objective = objective
         self.graph = graph
         self.data = data
         self.batch_size = batch_size
+        self.context = context
         lengths = np.asarray(data.lengths)
         spread = 4.5 * math.sqrt(batch_size) * lengths.std()
         self.usual_slots = min(
@@ -67,20 +71,20 @@ class Trainer:
         self.init = jax.jit(seeds(self._init))
         self._most_slots = jax.jit(
             lambda keys, data: seeds(
-                lambda key: most_slots(epoch_order(key, data, batch_size), data)
+                lambda key: most_slots(objective.order(key, data, batch_size), data)
             )(keys)
         )
         self._epoch_jit = jax.jit(
-            lambda seeded, data, graph, num_slots: seeds(
-                lambda seed: self._epoch(seed, data, graph, num_slots)
+            lambda seeded, data, graph, context, num_slots: seeds(
+                lambda seed: self._epoch(seed, data, graph, context, num_slots)
             )(seeded),
-            static_argnums=3,
+            static_argnums=4,
         )
         self._rank_jit = jax.jit(
-            lambda params, data, num_slots: seeds(
-                lambda seed: self._rank(seed, data, num_slots)
+            lambda params, data, context, num_slots: seeds(
+                lambda seed: self._rank(seed, data, context, num_slots)
             )(params),
-            static_argnums=2,
+            static_argnums=3,
         )
 
     def _init(self, key: jax.Array) -> TrainState:
@@ -106,20 +110,21 @@ class Trainer:
             (state.params, state.opt_state, order_keys, step_keys),
             self.data,
             self.graph,
+            self.context,
             num_slots,
         )
         return state._replace(params=params, opt_state=opt_state), losses
 
-    def _epoch(self, seed, data: TrainData, graph: Any, num_slots: int):
+    def _epoch(self, seed, data: TrainData, graph: Any, context: Any, num_slots: int):
         params, opt_state, order_key, step_key = seed
-        order = epoch_order(order_key, data, self.batch_size)
+        order = self.objective.order(order_key, data, self.batch_size)
 
         def step(carry, inputs):
             params, opt_state = carry
             windows, key = inputs
             batch_key, dropout_key = jax.random.split(key)
-            batch = sample_batch(batch_key, data, windows, num_slots)
-            loss, grads = jax.value_and_grad(self._loss)(params, batch, dropout_key)
+            batch = self.objective.sample(batch_key, data, windows, num_slots)
+            loss, grads = jax.value_and_grad(self._loss)(params, batch, dropout_key, context)
             updates, opt_state = self.optimizer.update(grads, opt_state, params, graph=graph)
             params = optax.apply_updates(params, updates)
             num_windows = (windows < data.num_windows).sum()
@@ -131,15 +136,9 @@ class Trainer:
         )
         return params, opt_state, (losses * counts).sum() / counts.sum()
 
-    def _loss(self, params, batch, dropout_key):
+    def _loss(self, params, batch, dropout_key, context):
         module = nnx.merge(self.graphdef, params)
-        # One gather, and so one scatter in its gradient, for all three uses of the table.
-        rows = jnp.stack([batch.inputs, batch.targets, batch.negatives])
-        inputs, positives, negatives = module.item_embedding(rows)
-        states = module.packed(inputs, batch.stream, dropout_key=dropout_key)
-        return self.loss(
-            (states * positives).sum(-1), (states * negatives).sum(-1), batch.weights
-        )
+        return self.objective.loss(module, batch, dropout_key, context)
 
     def keep_best(self, state: TrainState, improved: jax.typing.ArrayLike) -> TrainState:
         """Takes the parameters as the best so far for the seeds where `improved` `[S]`."""
@@ -149,16 +148,11 @@ class Trainer:
 
     def rank(self, params: Params, data: RankingData, num_slots: int):
         """`(above, ties)` `[S, chunks, C]` of the targets; see `ranking.rank_targets`."""
-        return self._rank_jit(params, data, num_slots)
+        return self._rank_jit(params, data, self.context, num_slots)
 
-    def _rank(self, params, data, num_slots):
+    def _rank(self, params, data, context, num_slots):
         module = nnx.merge(self.graphdef, params)
-
-        def scores_of(inputs, stream):
-            states = module.packed(module.item_embedding(inputs), stream)
-            return states[stream.last] @ module.item_embedding.embedding[1:].T
-
-        return rank_targets(scores_of, data, num_slots)
+        return rank_targets(self.objective.scorer(module, num_slots, context), data)
 
 
 @jax.jit

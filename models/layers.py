@@ -1,15 +1,20 @@
 """What the backbones share: initial values, dropout, attention over a packed stream."""
 
 import math
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.nn.initializers import Initializer, variance_scaling
 
 from models.packing import Packed
 
 xavier_normal = variance_scaling(1.0, "fan_avg", "normal")
+
+# A logit that the soft-max takes to 0. Finite, so that a query that sees no key stays finite.
+MASKED = -1e30
 
 
 def uniform(bound: float) -> Initializer:
@@ -40,6 +45,142 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 def split_key(key: jax.Array | None, num: int) -> list[jax.Array | None]:
     """`num` keys from one, or as many `None` in evaluation."""
     return [None] * num if key is None else list(jax.random.split(key, num))
+
+
+def layer_norm(dim: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The fast variance E[x^2] - E[x]^2 cancels badly next to a small epsilon.
+    return nnx.LayerNorm(dim, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """`[..., D]` to `[..., heads, D / heads]`."""
+    return x.reshape(*x.shape[:-1], num_heads, -1)
+
+
+def packed_positions(stream: Packed, max_length: int) -> jax.Array:
+    """The column of each slot in a left-padded batch `[B, max_length]`, int32 `[T]`."""
+    positions = stream.num_padding(max_length) + stream.offset
+    return jnp.minimum(positions, max_length - 1)  # unused slots
+
+
+class Window(Protocol):
+    """What each query of some sequences may attend to, as tiles of queries and of keys."""
+
+    mask: jax.Array  # bool, broadcasts to [tiles, queries, keys]
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """`[..., heads, d]` to `[heads, tiles, queries, d]`."""
+        ...
+
+    def keys(self, x: jax.Array) -> jax.Array:
+        """`[..., heads, d]` to `[heads, tiles, keys, d]`."""
+        ...
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """`[heads, tiles, queries, d]` to `[..., heads, d]`."""
+        ...
+
+
+class Rows:
+    """The rows of a left-padded batch, each a tile.
+
+    Args:
+      used: bool `[B, S]`, slots that hold an item: the only keys.
+      causal: whether a query sees no slot after its own.
+    """
+
+    def __init__(self, used: jax.Array, *, causal: bool):
+        num_slots = used.shape[1]
+        every = jnp.ones((num_slots, num_slots), bool)
+        self.mask = used[:, None, :] & (jnp.tril(every) if causal else every)
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 2, 0)
+
+    keys = queries
+
+    def join(self, x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 2)
+
+
+class Band:
+    """A packed stream in tiles of half the maximal length.
+
+    The keys of a tile are its own slots and those of as many tiles before it, and after it
+    unless `causal`, as a sequence can reach, masked to the query's sequence.
+
+    Args:
+      stream: the packed sequences, none longer than `max_length`.
+      max_length: S, the length of a row of the padded batch.
+      causal: whether a query sees no slot after its own.
+    """
+
+    def __init__(self, stream: Packed, max_length: int, *, causal: bool):
+        self.num_slots = stream.segment.shape[0]
+        self.tile = -(-max_length // 2)
+        self.num_tiles = -(-self.num_slots // self.tile)
+        self.num_before = -(-(max_length - 1) // self.tile)
+        self.num_after = 0 if causal else self.num_before
+        segment = stream.segment
+        self.mask = self.tiles(segment, -1)[:, :, None] == self.windows(segment, -2)[:, None, :]
+        if causal:
+            before = self.num_before * self.tile
+            self.mask &= jnp.arange(self.tile)[:, None] + before >= jnp.arange(
+                before + self.tile
+            )
+
+    def tiles(self, x: jax.Array, fill=0) -> jax.Array:
+        """`[T, ...]` to `[num_tiles, tile, ...]`, the last one filled up."""
+        rest = self.num_tiles * self.tile - self.num_slots
+        x = jnp.pad(x, [(0, rest)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
+        return x.reshape(self.num_tiles, self.tile, *x.shape[1:])
+
+    def windows(self, x: jax.Array, fill=0) -> jax.Array:
+        """`[T, ...]` to `[num_tiles, keys, ...]`: every tile between its neighbours."""
+        x = self.tiles(x, fill)
+        edge = [jnp.full_like(x[:1], fill)]
+        padded = jnp.concatenate(edge * self.num_before + [x] + edge * self.num_after)
+        shifts = range(self.num_before + 1 + self.num_after)
+        return jnp.concatenate([padded[i : i + self.num_tiles] for i in shifts], axis=1)
+
+    # With the batch axes in front, the products and their gradients need no transposition.
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(self.tiles(x), 2, 0)
+
+    def keys(self, x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(self.windows(x), 2, 0)
+
+    def join(self, x: jax.Array) -> jax.Array:
+        num_heads, *_, width = x.shape
+        return jnp.moveaxis(x, 0, 2).reshape(-1, num_heads, width)[: self.num_slots]
+
+
+def attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    window: Window,
+    rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Soft-max of <query, key> over the keys of a window, `[heads, tiles, queries, keys]`.
+
+    A query that may see no key, as padding does, gets equal weights, so as to stay finite.
+
+    Args:
+      query: `[..., heads, d]`, scaled by the caller.
+      key: `[..., heads, d]`.
+      window: which keys a query sees.
+      rate, dropout_key: dropout on the weights.
+    """
+    logits = jnp.einsum("hnqd,hnkd->hnqk", window.queries(query), window.keys(key))
+    weights = jax.nn.softmax(jnp.where(window.mask, logits, MASKED), axis=-1)
+    return dropout(weights, rate, dropout_key)
+
+
+def attend(weights: jax.Array, value: jax.Array, window: Window) -> jax.Array:
+    """Sums of the values `[..., heads, d]` under attention weights, `[..., heads, d]`."""
+    return window.join(jnp.einsum("hnqk,hnkd->hnqd", weights, window.keys(value)))
 
 
 def padded_causal_attention(
@@ -77,11 +218,10 @@ def packed_causal_attention(
 ) -> jax.Array:
     """Multi-head causal attention inside each sequence of a packed stream.
 
-    The stream is cut into tiles of half the maximal length; a query sees its own tile and as
-    many before it as a sequence can reach back, masked to its own sequence. The padding slots
-    that a padded batch would hold left of a sequence all have the same key and value, so one
-    virtual key stands for all of them, its logit raised by the log of their number: exactly
-    what the soft-max over the padded row gives.
+    The stream is cut into tiles, see `Band`. The padding slots that a padded batch would hold
+    left of a sequence all have the same key and value, so one virtual key stands for all of
+    them, its logit raised by the log of their number: exactly what the soft-max over the
+    padded row gives.
 
     Args:
       query, key, value: `[T, heads, D / heads]`.
@@ -95,48 +235,19 @@ def packed_causal_attention(
     Returns:
       `[T, heads, D / heads]`; unused slots hold arbitrary finite values.
     """
-    num_slots, num_heads, head_dim = query.shape
-    tile = -(-max_length // 2)
-    num_before = -(-(max_length - 1) // tile)
-    num_tiles = -(-num_slots // tile)
-
-    def tiles(x: jax.Array, fill=0) -> jax.Array:
-        """[T, ...] -> [num_tiles, tile, ...]"""
-        rest = num_tiles * tile - num_slots
-        x = jnp.pad(x, [(0, rest)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
-        return x.reshape(num_tiles, tile, *x.shape[1:])
-
-    def windows(x: jax.Array, fill=0) -> jax.Array:
-        """[T, ...] -> [num_tiles, (num_before + 1) * tile, ...], a tile after those before."""
-        x = tiles(x, fill)
-        before = jnp.full_like(x[:1], fill)
-        padded = jnp.concatenate([before] * num_before + [x])
-        shifted = [padded[i : i + num_tiles] for i in range(num_before + 1)]
-        return jnp.concatenate(shifted, axis=1)
-
-    def heads(x: jax.Array) -> jax.Array:
-        """[num_tiles, slots, heads, d] -> [heads, num_tiles, slots, d]
-
-        With the batch axes in front, the products and their gradients need no transposition.
-        """
-        return jnp.moveaxis(x, 2, 0)
-
+    num_heads, head_dim = query.shape[1:]
+    band = Band(stream, max_length, causal=True)
     scale = 1 / math.sqrt(head_dim)
-    query, key, value = heads(tiles(query)), heads(windows(key)), heads(windows(value))
+    query, key, value = band.queries(query), band.keys(key), band.keys(value)
     logits = jnp.einsum("hnqd,hnkd->hnqk", query, key) * scale
-    own = tiles(stream.segment, -1)[:, :, None] == windows(stream.segment, -2)[:, None, :]
-    causal = jnp.arange(tile)[:, None] + num_before * tile >= jnp.arange(
-        (num_before + 1) * tile
-    )
-    # Finite, so that the slots that fill the last tile, which see no key, stay finite.
-    logits = jnp.where(own & causal, logits, -1e30)
+    logits = jnp.where(band.mask, logits, MASKED)
     virtual_key, virtual_value = padding or (jnp.zeros((num_heads, head_dim)),) * 2
-    num_padding = tiles(stream.num_padding(max_length)) if padding else jnp.zeros((1, 1))
+    num_padding = band.tiles(stream.num_padding(max_length)) if padding else jnp.zeros((1, 1))
     virtual = jnp.einsum("hnqd,hd->hnq", query, virtual_key) * scale
     # As wide as the logits: the logarithm of an int32 has single precision at most.
     wide = jnp.promote_types(virtual.dtype, jnp.float32)
     virtual += jnp.where(
-        num_padding > 0, jnp.log(jnp.maximum(num_padding, 1).astype(wide)), -1e30
+        num_padding > 0, jnp.log(jnp.maximum(num_padding, 1).astype(wide)), MASKED
     )
     top = jax.lax.stop_gradient(jnp.maximum(logits.max(-1), virtual))
     weights = jnp.exp(logits - top[..., None])
@@ -150,8 +261,7 @@ def packed_causal_attention(
             virtual *= kept / (jnp.maximum(num_padding, 1) * (1 - rate))
     out = jnp.einsum("hnqk,hnkd->hnqd", weights, value)
     out += virtual[..., None] * virtual_value[:, None, None]
-    out /= total[..., None]
-    return jnp.moveaxis(out, 0, 2).reshape(-1, num_heads, head_dim)[:num_slots]
+    return band.join(out / total[..., None])
 
 
 def binomial(

@@ -1,28 +1,165 @@
-"""Losses over scored pairs of a positive and a negative item."""
+"""Losses of a positive item against drawn negatives, or against the whole catalogue.
+
+All take scores of T slots and `weights` `[T]`, which are 0 for slots that do not count: what
+these hold has no influence. All return a weighted mean `[]`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from models.scoring import Items, States
+
 
 def bce(positive: jax.Array, negative: jax.Array, weights: jax.Array) -> jax.Array:
-    """Binary cross-entropy of the positive plus that of the negative, weighted mean.
+    """Binary cross-entropy of the positive plus that of each negative.
 
-    The two are added, not averaged, so that scores of 0 give 2 ln 2.
+    They are added, not averaged, so that scores of 0 give (1 + n) ln 2.
 
     Args:
-      positive, negative: scores `[T]`.
-      weights: `[T]`, 0 for slots that do not count.
+      positive: scores `[T]`.
+      negative: scores `[T, n]`, or `[T]` where n is 1.
+      weights: `[T]`.
     """
-    losses = jax.nn.softplus(-positive) + jax.nn.softplus(negative)
-    return weighted_mean(losses, weights)
+    return _binary(positive, negative, weights, 1.0)
+
+
+def gbce(
+    positive: jax.Array, negative: jax.Array, weights: jax.Array, *, num_items: int, t: float
+) -> jax.Array:
+    r"""Generalised binary cross-entropy, which undoes the bias of drawing few negatives.
+
+    The positive's probability is raised to a power,
+
+    .. math::
+
+      -\log \sigma(s^+)^\beta - \sum_j \log(1 - \sigma(s^-_j)), \qquad
+      \beta = \alpha \left( t (1 - 1/\alpha) + 1/\alpha \right), \quad
+      \alpha = \frac{n}{N - 1}
+
+    so that :math:`t = 0` is `bce`, and with :math:`t = 1` the sigmoid of a score estimates the
+    probability of the item. The paper's value is this one divided by n + 1.
+
+    Args:
+      positive: scores `[T]`.
+      negative: scores `[T, n]`, or `[T]` where n is 1.
+      weights: `[T]`.
+      num_items: N, of the catalogue.
+      t: calibration, from 0 to 1.
+
+    References:
+      Petrov and Macdonald, `gSASRec <https://arxiv.org/abs/2308.07192>`_, RecSys 2023
+    """
+    if not 0 <= t <= 1:
+        raise ValueError(f"`gbce`: `t` must lie in [0, 1], got {t}.")
+    rate = negative.size / positive.size / (num_items - 1)
+    return _binary(positive, negative, weights, 1 - t * (1 - rate))
 
 
 def bpr(positive: jax.Array, negative: jax.Array, weights: jax.Array) -> jax.Array:
-    """Bayesian personalised ranking, softplus(negative - positive), weighted mean.
+    """Bayesian personalised ranking, the mean of softplus(negative - positive) over negatives.
 
+    Each pair is one draw of the same objective, so more negatives change the variance alone.
     Arguments as for `bce`; scores of 0 give ln 2.
     """
-    return weighted_mean(jax.nn.softplus(negative - positive), weights)
+    margin = _per_negative(positive, negative) - positive[:, None]
+    return weighted_mean(jax.nn.softplus(margin).mean(axis=1), weights)
+
+
+def sampled_softmax(
+    positive: jax.Array,
+    negative: jax.Array,
+    weights: jax.Array,
+    *,
+    num_items: int,
+    hits: jax.Array | None = None,
+) -> jax.Array:
+    r"""Soft-max cross-entropy over the positive and uniform negatives, corrected for drawing.
+
+    The n negatives stand for all N - 1 other items, so each counts (N - 1) / n times,
+
+    .. math::
+
+      -s^+ + \log \left( e^{s^+} + \frac{N - 1}{n} \sum_j e^{s^-_j} \right)
+
+    which is the correction by the logarithm of the proposal's probabilities. The argument of
+    the logarithm has the expectation of the full sum; the loss is on average
+    below the full one by O(1 / n), and equal to it where the negatives are all others.
+
+    Args:
+      positive: scores `[T]`.
+      negative: scores `[T, n]`, or `[T]` where n is 1.
+      weights: `[T]`.
+      num_items: N, of the catalogue.
+      hits: bool like `negative`, where it is the positive item itself. These do not count, so
+        negatives may be drawn from all items or be shared by slots.
+
+    References:
+      Bengio and Senécal, `Adaptive importance sampling
+      <https://doi.org/10.1109/TNN.2007.912312>`_, IEEE TNN 2008
+    """
+    negative = _per_negative(positive, negative)
+    count = jnp.full(positive.shape, negative.shape[1])
+    if hits is not None:
+        hits = _per_negative(positive, hits)
+        negative = jnp.where(hits, -jnp.inf, negative)
+        count = jnp.maximum(count - hits.sum(axis=1), 1)
+    correction = jnp.log((num_items - 1) / count.astype(positive.dtype))
+    scores = jnp.concatenate([positive[:, None], negative + correction[:, None]], axis=1)
+    scores = jnp.where(weights[:, None] > 0, scores, 0)
+    return weighted_mean(jax.nn.logsumexp(scores, axis=1) - positive, weights)
+
+
+def cross_entropy(
+    score_all: Callable[[States, Items], jax.Array],
+    states: States,
+    items: Items,
+    positive: jax.Array,
+    weights: jax.Array,
+    *,
+    label_smoothing: float = 0.0,
+    chunk_size: int = 128,
+) -> jax.Array:
+    """Soft-max cross-entropy of the positive over the whole catalogue.
+
+    Computed for a few slots at a time, value and gradient together: scores `[T, N]` never
+    exist. That needs one pass over the catalogue where an online soft-max over chunks of items
+    needs two, and takes less time than the plain form.
+
+    Args:
+      score_all: scores of slots' states with all items, `[chunk_size, N]`, from its arguments
+        alone.
+      states: leaves `[T, ...]`.
+      items: leaves `[N, ...]`, the positive items among them.
+      positive: scores `[T]`.
+      weights: `[T]`.
+      label_smoothing: the share of the target's probability that all N items divide equally.
+      chunk_size: slots at a time. Memory grows with `chunk_size` times N.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"`cross_entropy`: `label_smoothing` must lie in [0, 1), got {label_smoothing}."
+        )
+
+    def chunk_loss(items: Items, chunk: tuple[States, jax.Array, jax.Array]) -> jax.Array:
+        states, positive, weights = chunk
+        scores = score_all(states, items)
+        losses = jax.nn.logsumexp(scores, axis=1) - (1 - label_smoothing) * positive
+        if label_smoothing:
+            losses -= label_smoothing * scores.mean(axis=1)
+        return (losses * weights).sum()
+
+    used = weights > 0
+    slots = (states, positive, jnp.where(used, weights, 0))
+    # No infinite score, which times a weight of 0 would be NaN.
+    slots = jax.tree.map(lambda x: jnp.where(_like(used, x), x, 0), slots)
+    chunks = jax.tree.map(lambda x: _chunks(x, min(chunk_size, len(weights))), slots)
+    summed: Any = _sum_over_chunks(chunk_loss, items, chunks)
+    total = weights.sum()
+    return summed / jnp.where(total > 0, total, 1)
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
@@ -30,6 +167,56 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     total = weights.sum()
     values = jnp.where(weights > 0, values, 0)  # an unused slot never reaches the result
     return (values * weights).sum() / jnp.where(total > 0, total, 1)
+
+
+def _binary(
+    positive: jax.Array, negative: jax.Array, weights: jax.Array, power: float
+) -> jax.Array:
+    of_negatives = jax.nn.softplus(_per_negative(positive, negative)).sum(axis=1)
+    return weighted_mean(power * jax.nn.softplus(-positive) + of_negatives, weights)
+
+
+def _per_negative(positive: jax.Array, negative: jax.Array) -> jax.Array:
+    """`[T, n]` of what may be `[T]`."""
+    return negative.reshape(*positive.shape, -1)
+
+
+def _like(used: jax.Array, x: jax.Array) -> jax.Array:
+    """`[T]` as `[T, 1, ...]`, to broadcast with `x`."""
+    return used.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _chunks(x: jax.Array, size: int) -> jax.Array:
+    """`[T, ...]` -> `[ceil(T / size), size, ...]`, filled with zeros."""
+    padding = [(0, -len(x) % size)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding).reshape(-1, size, *x.shape[1:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_over_chunks(loss: Callable[[Any, Any], jax.Array], shared: Any, chunks: Any):
+    """Sum of `loss(shared, chunk)` over the leading axis of `chunks`.
+
+    When differentiated, the gradient of a chunk is taken together with its value: nothing of
+    its size outlives it, and nothing is computed again.
+    """
+    return jax.lax.map(functools.partial(loss, shared), chunks).sum()
+
+
+def _sum_and_gradients(loss: Callable[[Any, Any], jax.Array], shared: Any, chunks: Any):
+    def step(total: Any, chunk: Any):
+        value, (of_shared, of_chunk) = jax.value_and_grad(loss, (0, 1))(shared, chunk)
+        return jax.tree.map(jnp.add, total, of_shared), (value, of_chunk)
+
+    start = jax.tree.map(jnp.zeros_like, shared)
+    of_shared, (values, of_chunks) = jax.lax.scan(step, start, chunks)
+    return values.sum(), (of_shared, of_chunks)
+
+
+def _scale_gradients(loss: Callable[[Any, Any], jax.Array], gradients: Any, cotangent: Any):
+    return jax.tree.map(lambda gradient: gradient * cotangent, gradients)
+
+
+_sum_over_chunks.defvjp(_sum_and_gradients, _scale_gradients)
 
 
 LOSSES = {"bce": bce, "bpr": bpr}

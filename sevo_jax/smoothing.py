@@ -21,7 +21,7 @@ def smooth(
     beta: jax.typing.ArrayLike = 0.99,
     num_layers: int = 3,
     method: Method = "neumann",
-    rescale: bool = True,
+    rescale: bool | jax.Array = True,
     isolated: Isolated = "scale",
 ) -> jax.Array:
     r"""Smooth a table along the edges of a graph.
@@ -42,7 +42,7 @@ def smooth(
       method: `"neumann"`, or `"iterative"` for
         :math:`\beta^L \tilde A^L X + (1-\beta) \sum_{l<L} \beta^l \tilde A^l X`.
       rescale: make the Neumann coefficients sum to one. Without it they sum to
-        :math:`1-\beta^{L+1}`. The iterative ones always sum to one.
+        :math:`1-\beta^{L+1}`. The iterative ones always sum to one. May be traced.
       isolated: what becomes of rows without an edge: `"scale"` multiplies them by the first
         coefficient (0.254 by default) as the official code does, `"identity"` keeps them.
 
@@ -80,13 +80,18 @@ def smooth(
     return y
 
 
-def coefficients(beta: Any, num_layers: int, method: Method, rescale: bool) -> list[Any]:
+def coefficients(
+    beta: Any, num_layers: int, method: Method, rescale: bool | jax.Array
+) -> list[Any]:
     """c_0 .. c_L of psi = sum_l c_l A~^l, of the type and shape of `beta`."""
     powers = [beta**l for l in range(num_layers + 1)]
     if method == "iterative":
         return [*((1 - beta) * power for power in powers[:-1]), powers[-1]]
     # Equal to (1 - beta) / (1 - beta^(L+1)), and exact where that is 0 / 0.
-    scale = 1 / sum(powers) if rescale else 1 - beta
+    if isinstance(rescale, jax.Array):
+        scale = jnp.where(rescale, 1 / sum(powers), 1 - beta)
+    else:
+        scale = 1 / sum(powers) if rescale else 1 - beta
     return [scale * power for power in powers]
 
 

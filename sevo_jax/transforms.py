@@ -20,7 +20,7 @@ def sevo(
     beta: jax.typing.ArrayLike | optax.Schedule = 0.99,
     num_layers: int = 3,
     method: Method = "neumann",
-    rescale: bool = True,
+    rescale: bool | jax.Array = True,
     isolated: Isolated = "scale",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Smooth the updates of embedding tables along a graph; pass all others through.

@@ -59,12 +59,13 @@ def slow_scores(table, history) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def count(table, data, num_slots, mask_history=True):
-    def scores_of(inputs, stream):
+    def scores_of(histories):
+        stream, inputs = histories.pack(num_slots)
         place = stream.num_padding(MAX_LENGTH) + stream.offset
         terms = (MAX_LENGTH - place)[:, None] * table[inputs]
         return jax.ops.segment_sum(terms, stream.segment, data.targets.shape[1])
 
-    return rank_targets(scores_of, data, num_slots, mask_history=mask_history)
+    return rank_targets(scores_of, data, mask_history=mask_history)
 
 
 def ranks_of(table, users=USERS, *, chunk_size=4, mask_history=True) -> Ranks:

@@ -49,7 +49,7 @@ def test_tables_hold_mean_and_spread(runs, tmp_path):
     assert write_report([runs], page) == 1
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    row = next(line for line in text.splitlines() if "| sevo_adamw | 2 |" in line)
+    row = next(line for line in text.splitlines() if "| sevo_adamw, beta 0.5 | 2 |" in line)
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[4:9] == ["0.0400 ± 0.0141"] * 5
     assert cells[9:] == ["2 2", "2.00", "1 cpu (cpu), 2 core(s)"]

@@ -13,12 +13,12 @@ from experiments import training
 from experiments.batching import Windows, training_data
 from experiments.config import Config
 from experiments.dataset import Evaluation, leave_one_out
+from experiments.objectives import NextItem
 from experiments.ranking import collect, ranking_data
 from experiments.run import make_trainer
 from experiments.synthetic import synthetic
 from experiments.training import Trainer, TrainState
 from models import GRU4Rec, SASRec
-from models.losses import LOSSES
 from sevo_jax import item_graph, normalized_adjacency
 from tests.models.toys import assert_same_tree, padded, random_params
 
@@ -58,7 +58,7 @@ def toy_trainer(build, loss, windows: Windows, sequences, optimizer, batch_size)
     values = np.concatenate(sequences).astype(np.int32)
     train = values, np.cumsum([0, *map(len, sequences)])
     data = training_data(train, NUM_ITEMS, max_length=MAX_LENGTH, windows=windows)
-    return Trainer(build, optimizer, LOSSES[loss], None, data, batch_size)
+    return Trainer(build, optimizer, NextItem(loss, NUM_ITEMS), None, data, batch_size)
 
 
 def start(trainer: Trainer) -> tuple[TrainState, dict]:

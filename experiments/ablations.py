@@ -1,0 +1,186 @@
+"""The paper's ablations, and what it left open: each a table of settings to compare.
+
+Settings that differ in traced values alone (learning rate, weight decay, beta, rescaling,
+moment correction) train in one compiled program; others form a program each.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.backbones import SWEPT
+from experiments.config import Config, Loss, preset
+from experiments.main_job import show, split_of, spread
+from experiments.options import Ablate
+from experiments.ranking import METRICS
+from experiments.run import SELECTION, Result, fit_sweep
+
+BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
+Make = Callable[..., Config]  # of an optimizer and settings that replace the preset's
+
+
+def optimizer(make: Make) -> dict[str, Config]:
+    """Fig. 3a: three optimizers, plain and with SEvo. The paper states no rate for SGD."""
+    arms = {}
+    for base in ("sgd", "adam", "adamw"):
+        rate = {"learning_rate": 1.0} if base == "sgd" else {}
+        arms[base] = make(base, **rate)
+        arms[f"sevo_{base}"] = make(f"sevo_{base}", **rate)
+    return arms
+
+
+def approximation(make: Make) -> dict[str, Config]:
+    """Fig. 3b: Neumann and iterative over the strength of the smoothing."""
+    return {
+        f"{method} beta={beta}": make("sevo_adamw", method=method, beta=beta)
+        for method in ("neumann", "iterative")
+        for beta in BETAS
+    }
+
+
+def rescale(make: Make) -> dict[str, Config]:
+    """Fig. 2a: with and without the factor that makes the coefficients sum to one."""
+    return {
+        "rescaled": make("sevo_adamw"),
+        "not rescaled": make("sevo_adamw", rescale=False),
+    }
+
+
+def correction(make: Make) -> dict[str, Config]:
+    """Fig. 3c: moments of rows without a gradient, kept or decayed, at beta 0 too."""
+    return {
+        f"{'corrected' if correct else 'plain'} beta={beta}": make(
+            "sevo_adamw", correct_moments=correct, beta=beta
+        )
+        for beta in (0.0, 0.99)
+        for correct in (True, False)
+    }
+
+
+def layers(make: Make) -> dict[str, Config]:
+    """Table 7: how far the smoothing reaches; 30 layers stand for the exact inverse, from
+    which they are 0.99^31 away in the direction that is slowest to converge."""
+    return {f"L={num}": make("sevo_adamw", num_layers=num) for num in (0, 1, 2, 3, 4, 5, 30)}
+
+
+def graph(make: Make) -> dict[str, Config]:
+    """Fig. 4: which items of a sequence make edges, how far apart, and how they weigh."""
+    arms = {f"last K={window}": make("sevo_adamw", graph_window=window) for window in (5, 10)}
+    arms["last K=50"] = make("sevo_adamw")
+    arms["first K=10"] = make("sevo_adamw", graph_keep="first", graph_window=10)
+    for distance in (2, 3, 4, 5):
+        for weighting in ("inverse_distance", "count"):
+            arms[f"H={distance} {weighting}"] = make(
+                "sevo_adamw", graph_distance=distance, graph_weighting=weighting
+            )
+    return arms
+
+
+def placement(make: Make) -> dict[str, Config]:
+    """Psi on Adam's step (the paper), on the gradient, or first there and then here."""
+    arms = {"adamw": make("adamw"), "update": make("sevo_adamw")}
+    arms["gradient"] = make("sevo_adamw", placement="gradient")
+    arms["gradient, then update"] = make("sevo_adamw", placement="switch")
+    arms["isolated rows kept"] = make("sevo_adamw", isolated="identity")
+    return arms
+
+
+def loss(make: Make) -> dict[str, Config]:
+    """What SEvo is worth beside stronger losses: the paper trains with one negative."""
+    arms = {}
+    for kind in get_args(Loss):
+        drawn = {"sampled_softmax": 256, "gbce": 64}.get(kind, 1)
+        settings = {"loss": kind, "num_negatives": drawn}
+        arms[f"{kind} adamw"] = make("adamw", **settings)
+        arms[f"{kind} update"] = make("sevo_adamw", **settings)
+        arms[f"{kind} gradient"] = make("sevo_adamw", placement="gradient", **settings)
+    return arms
+
+
+def beta(make: Make) -> dict[str, Config]:
+    """The strength of the smoothing, beside the plain optimizer."""
+    return {"adamw": make("adamw")} | {
+        f"beta={value}": make("sevo_adamw", beta=value) for value in BETAS
+    }
+
+
+ABLATIONS: dict[str, Callable[[Make], dict[str, Config]]] = {
+    function.__name__: function
+    for function in (
+        optimizer,
+        approximation,
+        rescale,
+        correction,
+        layers,
+        graph,
+        placement,
+        loss,
+        beta,
+    )
+}
+
+
+def programs(arms: dict[str, Config]) -> list[dict[str, Config]]:
+    """Groups arms that can share a compiled program, in the order of their first ones."""
+    groups: dict[tuple, dict[str, Config]] = {}
+    for label, config in arms.items():
+        fixed = tuple((k, v) for k, v in asdict(config).items() if k not in SWEPT)
+        groups.setdefault(fixed, {})[label] = config
+    return list(groups.values())
+
+
+def ablate(options: Ablate, console: Console | None = None) -> dict[str, Result]:
+    """Runs `python -m experiments ablate NAME`; returns the result of each arm."""
+    console = console or Console(width=None if sys.stdout.isatty() else 140)
+    arms, dataset, split = arms_of(options)
+    out = options.out or Path("runs") / f"{dataset.name}-{options.model}-{options.name}"
+    done: dict[str, Result] = {}
+    for number, group in enumerate(programs(arms)):
+        with show(console, ", ".join(group), next(iter(group.values()))) as report:
+            results = fit_sweep(
+                {label.replace(" ", "_"): config for label, config in group.items()},
+                split,
+                options.seeds,
+                out / f"program_{number}",
+                source=options.data,
+                resume=options.resume,
+                report=report,
+            )
+        done |= zip(group, results, strict=True)
+    console.print(_table(options.name, {label: done[label] for label in arms}))
+    console.print(f"records, ranks and checkpoints are in {out}")
+    return done
+
+
+def _table(name: str, results: dict[str, Result]) -> Table:
+    """Test metrics of each arm, and the gain in NDCG@10 over the first."""
+    table = Table("arm", *METRICS, "best epoch", f"{SELECTION} gain", title=f"{name}, test")
+    base = next(iter(results.values())).test[SELECTION].mean()
+    for label, result in results.items():
+        gain = result.test[SELECTION].mean() / base - 1 if base else float("nan")
+        cells = [spread(result.test[metric]) for metric in METRICS]
+        table.add_row(label, *cells, " ".join(map(str, result.best_epoch)), f"{gain:+.1%}")
+    return table
+
+
+def arms_of(options: Ablate) -> tuple[dict[str, Config], Any, Any]:
+    """The settings that an ablation compares, and the data they train on."""
+    if options.name not in ABLATIONS:
+        raise ValueError(f"`name` must be one of {tuple(ABLATIONS)}, got {options.name!r}.")
+    dataset, split = split_of(options)
+    name = options.preset or dataset.name
+
+    def make(optimizer: str, **settings: Any) -> Config:
+        given = options.given() | settings
+        return preset(options.model, name, optimizer, **given)
+
+    arms = ABLATIONS[options.name](make)
+    chosen: Sequence[str] = options.arms or tuple(arms)
+    if unknown := set(chosen) - set(arms):
+        raise ValueError(f"`arms` must be of {tuple(arms)}, got {sorted(unknown)}.")
+    return {label: arms[label] for label in chosen}, dataset, split

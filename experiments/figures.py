@@ -1,0 +1,102 @@
+"""Figures of the HTML page: SVG text that takes its ink from the page around it."""
+
+import io
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display on a server
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments.report import Records
+
+_INK = "#010203"  # stands for the page's own text colour
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
+    ),
+}
+
+
+def curves(
+    runs: Sequence[tuple[str, Records]],
+    kind: str,
+    name: str,
+    label: str,
+    title: str,
+    published: Mapping[int, tuple[float, float]] | None = None,
+) -> str:
+    """A value along training: the mean over seeds, and the range of the seeds behind it.
+
+    Args:
+      runs: names for the legend, and records.
+      kind, name: which records, and which of their values.
+      label: of the vertical axis.
+      title: the figure's text for who cannot see it, another for each figure of a page.
+      published: by epoch, the lowest and highest published value.
+
+    Returns:
+      An `<svg>` element that refers to nothing outside of itself.
+    """
+    with plt.rc_context(_STYLE | {"svg.hashsalt": title}):
+        figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+        for place, (title, records) in enumerate(runs):
+            epochs, low, mean, high = _spread(records, kind, name)
+            sevo = title.startswith("sevo_")
+            color = f"C{place % 10}"
+            axis.plot(epochs, mean, "-" if sevo else "--", color=color, lw=1.6, label=title)
+            axis.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
+        if published:
+            bounds = np.array(list(published.values())).T
+            middle = bounds.mean(axis=0)
+            axis.errorbar(
+                list(published), middle, yerr=np.abs(bounds - middle), fmt=".", ms=5,
+                color=_INK, lw=1, capsize=2.5, label="published sevo_adamw",
+            )  # fmt: skip
+        axis.set(xlabel="epoch", ylabel=label)
+        if axis.has_data():
+            axis.legend()
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    return _inline(text.getvalue(), title)
+
+
+def _spread(
+    records: Records, kind: str, name: str
+) -> tuple[list[int], list[float], list[float], list[float]]:
+    found: dict[int, list[float]] = defaultdict(list)
+    for record in records:
+        if record["kind"] == kind:
+            found[record["epoch"]].append(record[name])
+    epochs = sorted(found)
+    columns = [[float(f(found[e])) for e in epochs] for f in (min, np.mean, max)]
+    return epochs, columns[0], columns[1], columns[2]
+
+
+def _inline(text: str, title: str) -> str:
+    """The `<svg>` of a file, without what only a file needs and with no name used twice."""
+    text = text[text.index("<svg") :]
+    text = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S
+    )
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    for size in ("width", "height"):  # the page decides
+        text = re.sub(rf' {size}="[^"]*"', "", text, count=1)
+    used = set(re.findall(r"#([\w-]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
+    text = text.replace(_INK, "currentColor")
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1).strip()

@@ -1,0 +1,279 @@
+"""What a step of training draws and minimises, and what a model is asked when it ranks.
+
+An objective joins a kind of model to the one training loop (`training.Trainer`): it shuffles an
+epoch, draws a batch, gives its loss, and scores the catalogue for histories.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from experiments import batching
+from experiments.batching import Batch, TrainData
+from experiments.ranking import Histories
+from models import losses
+from models.packing import Packed, pack
+from models.scoring import SequenceModel
+
+
+class Objective(Protocol):
+    """The part of training that depends on the kind of model."""
+
+    num_queries: int
+    """Slots that ranking adds to a history; it then has room for so many items fewer."""
+
+    def order(self, key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
+        """An epoch's windows, int32 `[steps, batch_size]`; `num_windows` where one is free."""
+        ...
+
+    def sample(
+        self, key: jax.Array, data: TrainData, windows: jax.Array, num_slots: int
+    ) -> Any:
+        """A batch of `windows` `[batch_size]`, at most `num_slots` slots long."""
+        ...
+
+    def loss(self, module: Any, batch: Any, dropout_key: jax.Array, context: Any) -> jax.Array:
+        """The batch's loss `[]`; `context` is the trainer's."""
+        ...
+
+    def scorer(
+        self, module: Any, num_slots: int, context: Any
+    ) -> Callable[[Histories], jax.Array]:
+        """A function from the histories of C users to scores `[C, num_items]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class NextItem:
+    """Each slot of a sequence predicts the next item, against drawn negatives or all items.
+
+    Args:
+      kind: `"bce"`, `"bpr"` and `"gbce"` draw `num_negatives` items for each target;
+        `"sampled_softmax"` draws as many once for the whole batch; `"cross_entropy"` takes the
+        whole catalogue.
+      num_items: of the catalogue.
+      num_negatives: n.
+      label_smoothing: of `"cross_entropy"`.
+      gbce_t: the calibration t of `"gbce"`, 0 for plain BCE and 1 for a calibrated one.
+      pvn_weight: of STOSA's second term, which keeps positives nearer to each other's targets
+        than negatives: mean relu(score of the pair (positive, negative) - positive score).
+    """
+
+    kind: str
+    num_items: int
+    num_negatives: int = 1
+    label_smoothing: float = 0.0
+    gbce_t: float = 0.75
+    pvn_weight: float = 0.0
+    num_queries = 0
+
+    def order(self, key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
+        return batching.epoch_order(key, data, batch_size)
+
+    def sample(
+        self, key: jax.Array, data: TrainData, windows: jax.Array, num_slots: int
+    ) -> Batch:
+        if self.kind in ("bce", "bpr", "gbce"):
+            return batching.sample_batch(key, data, windows, num_slots, self.num_negatives)
+        batch = batching.sample_batch(key, data, windows, num_slots, 0)
+        if self.kind == "cross_entropy":
+            return batch
+        shared = jax.random.randint(key, (self.num_negatives,), 1, data.num_items + 1)
+        return batch._replace(negatives=shared)
+
+    def loss(
+        self, module: SequenceModel, batch: Batch, dropout_key: jax.Array, context: Any = None
+    ) -> jax.Array:
+        del context
+        per_slot = self.kind in ("bce", "bpr", "gbce")
+        rows = jnp.stack([batch.inputs, batch.targets])
+        if per_slot:
+            rows = jnp.concatenate([rows, batch.negatives.T])
+        # One gather, and so one scatter in its gradient, for all uses of the table.
+        embedded = module.embed(rows)
+        inputs, targets = _first(embedded, 0), _first(embedded, 1)
+        states = module.packed(inputs, batch.stream, dropout_key=dropout_key)
+        positive, weights = module.score(states, targets), batch.weights
+        if self.kind == "cross_entropy":
+            return losses.cross_entropy(
+                module.score_all,
+                states,
+                module.items(),
+                positive,
+                weights,
+                label_smoothing=self.label_smoothing,
+            )
+        if self.kind == "sampled_softmax":
+            negative = module.score_all(states, module.items(batch.negatives))
+            hit = batch.targets[:, None] == batch.negatives
+            return losses.sampled_softmax(
+                positive, negative, weights, num_items=self.num_items, hits=hit
+            )
+        drawn = jax.tree.map(lambda leaf: leaf[2:], embedded)
+        negative = module.score(states, drawn).T
+        if self.kind == "gbce":
+            return losses.gbce(
+                positive, negative, weights, num_items=self.num_items, t=self.gbce_t
+            )
+        total = losses.LOSSES[self.kind](positive, negative, weights)
+        if self.pvn_weight:
+            pair: Any = module
+            between = pair.item_score(targets, drawn).T - positive[:, None]
+            total += self.pvn_weight * losses.weighted_mean(
+                jax.nn.relu(between).mean(axis=1), weights
+            )
+        return total
+
+    def scorer(
+        self, module: SequenceModel, num_slots: int, context: Any = None
+    ) -> Callable[[Histories], jax.Array]:
+        del context
+        items = module.items()
+
+        def scores_of(histories: Histories) -> jax.Array:
+            stream, rows = histories.pack(num_slots, module.num_special)
+            states = module.packed(module.embed(rows), stream)
+            newest = jax.tree.map(lambda leaf: leaf[stream.last], states)
+            return module.score_all(newest, items)
+
+        return scores_of
+
+
+class MaskedBatch(NamedTuple):
+    """A packed stream in which some items are hidden."""
+
+    stream: Packed
+    inputs: jax.Array  # int32 [T], table rows
+    slots: jax.Array  # int32 [M], where the hidden items stand
+    targets: jax.Array  # int32 [M], their table rows
+    weights: jax.Array  # float32 [M]
+
+
+@dataclass(frozen=True)
+class MaskedItem:
+    """Hidden items of a sequence are predicted from both sides, by soft-max (BERT4Rec).
+
+    The soft-max runs over all rows of the output table, padding and mask among them, as in the
+    official code.
+
+    Args:
+      mask_prob: each item is hidden with this probability.
+    """
+
+    mask_prob: float
+    num_queries = 1
+    MASK = 1  # its table row
+
+    def order(self, key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
+        return batching.epoch_order(key, data, batch_size)
+
+    def sample(
+        self, key: jax.Array, data: TrainData, windows: jax.Array, num_slots: int
+    ) -> MaskedBatch:
+        stream, rows = batching.sample_items(data, windows, num_slots, num_special=2)
+        hidden = stream.used & jax.random.bernoulli(key, self.mask_prob, (num_slots,))
+        # Only hidden slots meet the output table. There is room for eight standard deviations
+        # more of them than are expected: that many are not hidden in 10^15 batches.
+        spread = (num_slots * self.mask_prob * (1 - self.mask_prob)) ** 0.5
+        room = min(num_slots, int(num_slots * self.mask_prob + 8 * spread) + 1)
+        (slots,) = jnp.nonzero(hidden, size=room, fill_value=num_slots)
+        weights = (slots < num_slots).astype(jnp.float32)
+        slots = jnp.minimum(slots, num_slots - 1)
+        inputs = jnp.where(hidden, self.MASK, rows)
+        return MaskedBatch(stream, inputs, slots, rows[slots], weights)
+
+    def loss(
+        self, module: Any, batch: MaskedBatch, dropout_key: jax.Array, context: Any = None
+    ) -> jax.Array:
+        del context
+        states = module.packed(
+            module.embed(batch.inputs), batch.stream, dropout_key=dropout_key
+        )[batch.slots]
+        positive = module.score(states, module.items(batch.targets))
+        return losses.cross_entropy(
+            module.score_all, states, module.all_rows(), positive, batch.weights
+        )
+
+    def scorer(
+        self, module: Any, num_slots: int, context: Any = None
+    ) -> Callable[[Histories], jax.Array]:
+        del context
+        items = module.items()
+
+        def scores_of(histories: Histories) -> jax.Array:
+            # The newest items and a mask after them; what the mask hides is the answer.
+            stream = pack(
+                histories.starts, histories.lengths + 1, num_slots + len(histories.lengths)
+            )
+            values = histories.values[jnp.minimum(stream.index, len(histories.values) - 1)]
+            rows = jnp.where(stream.used, values + module.num_special, 0)
+            rows = rows.at[stream.last].set(self.MASK)
+            states = module.packed(module.embed(rows), stream)[stream.last]
+            return module.score_all(states, items)
+
+        return scores_of
+
+
+class Pairs(NamedTuple):
+    """A positive and a negative for each of B users."""
+
+    users: jax.Array  # int32 [B]
+    positives: jax.Array  # int32 [B], table rows
+    negatives: jax.Array  # int32 [B], table rows
+    weights: jax.Array  # float32 [B]
+
+
+@dataclass(frozen=True)
+class UserItem:
+    """Users drawn with replacement, a positive and a negative for each (MF-BPR, LightGCN).
+
+    An epoch has as many draws as there are training interactions. A model that propagates over
+    the user-item graph gets it as the trainer's `context`.
+    """
+
+    num_queries = 0
+
+    def order(self, key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
+        num_draws = len(data.values)
+        drawn = jax.random.randint(key, (num_draws,), 0, data.num_windows, jnp.int32)
+        missing = -num_draws % batch_size
+        drawn = jnp.pad(drawn, (0, missing), constant_values=data.num_windows)
+        return drawn.reshape(-1, batch_size)
+
+    def sample(
+        self, key: jax.Array, data: TrainData, windows: jax.Array, num_slots: int
+    ) -> Pairs:
+        del num_slots
+        return Pairs(*batching.draw_pairs(key, data, windows))
+
+    def loss(
+        self, module: Any, batch: Pairs, dropout_key: jax.Array, context: Any
+    ) -> jax.Array:
+        del dropout_key
+        if context is None:
+            rows = jnp.stack([batch.positives, batch.negatives])
+            states, items = module.users(batch.users), module.items(rows)
+        else:
+            all_users, all_items = module.propagate(context)
+            states = all_users[batch.users]
+            items = all_items[jnp.stack([batch.positives, batch.negatives])]
+        positive, negative = module.score(states, items)
+        return losses.bpr(positive, negative[:, None], batch.weights)
+
+    def scorer(
+        self, module: Any, num_slots: int, context: Any
+    ) -> Callable[[Histories], jax.Array]:
+        del num_slots
+        if context is None:
+            users, items = module.users, module.items()
+        else:
+            all_users, items = module.propagate(context)
+            users = all_users.__getitem__
+        return lambda histories: module.score_all(users(histories.users), items)
+
+
+def _first(embedded: Any, place: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[place], embedded)

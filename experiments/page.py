@@ -1,0 +1,282 @@
+"""The results as one HTML page: figures, sortable tables, comparisons, what is yet to run.
+
+Everything on it is computed from records, and from the per-user ranks where a run's folder
+holds them. The page needs nothing from outside, and JavaScript only for sorting.
+"""
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+from experiments.comparisons import Comparison, Missing, Run, compare, gather, missing
+from experiments.figures import curves
+from experiments.markup import made_by, table_html
+from experiments.per_user import bucket_metrics
+from experiments.published import CURVES, published
+from experiments.report import (
+    SEEDS,
+    Records,
+    Table,
+    command_of,
+    config_of,
+    curves_table,
+    data_of,
+    name_of,
+    overrides,
+    sort_key,
+    tested,
+    tests_table,
+    train_command,
+)
+from experiments.statistics import relative_gain
+
+METRIC = "NDCG@10"
+MAX_CURVES = 8  # in one figure; more cannot be told apart
+_HOW_COMPARED = """<p>Pairs of runs that differ in the optimizer alone, over the seeds that both
+have. The interval and p (t) are Student's, d_z is the mean difference over its standard
+deviation. The sign-flip test is exact and assumes no normal distribution, but with n seeds its
+p value cannot be below 2 / 2<sup>n</sup> (.0625 for five). The corrections are for all rows of
+a table.</p>"""
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def write_page(folders: Sequence[str | Path], page: str | Path) -> None:
+    """Writes the HTML page of all runs below `folders`.
+
+    Args:
+      folders: searched for `*.jsonl` files of records; a `ranks.npz` beside one is read too.
+      page: the file, replaced if it exists.
+
+    Raises:
+      ValueError: there is no tested run.
+    """
+    found = list(tested(folders))
+    if not found:
+        raise ValueError(f"`folders` {[str(f) for f in folders]} hold no tested run.")
+    runs = shlex.join(["--runs", *map(str, folders)])
+    command = f"python -m experiments report {runs} --html {shlex.quote(str(page))}"
+    Path(page).parent.mkdir(parents=True, exist_ok=True)
+    Path(page).write_text(render(found, command), encoding="utf-8")
+
+
+def render(found: Iterable[tuple[Path, Records]], command: str) -> str:
+    """The page's text.
+
+    Args:
+      found: files of records with their records; ranks are looked for beside them.
+      command: what made the page, to be shown on it.
+    """
+    found = sorted(found, key=lambda pair: sort_key(pair[1]))
+    runs = gather(found)
+    sections, contents, pairs = [], [("gains", "Gains")], []
+    for (data, model), group in groupby(found, key=lambda pair: _place(pair[1])):
+        members = [run for run in runs if (run.data, run.config.model) == (data, model)]
+        compared = compare(members, METRIC)
+        pairs += compared
+        title, anchor = f"{model} on {data}", re.sub(r"\W+", "-", f"{data}-{model}")
+        contents.append((anchor, title))
+        records = [records for _, records in group]
+        sections.append(_section(title, anchor, records, members, compared, command))
+    contents.append(("missing", "Not run yet"))
+    parts = [_gains(pairs, command), *sections, _missing(missing(runs), command)]
+    links = "".join(f'<li><a href="#{a}">{escape(t)}</a></li>' for a, t in contents)
+    body = "\n".join(parts)
+    template = Template(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(intro=_intro(len(found)), contents=links, body=body)
+
+
+def _intro(num_runs: int) -> str:
+    return f"""<p>{num_runs} measured runs. A test is taken at the epoch with the best
+validation {METRIC}, ranks all items with the user's history left out, and is the mean over
+users; ± is the standard deviation over seeds. Rows in italics are published figures. Click a
+column's head to sort by it.</p>"""
+
+
+def _gains(pairs: Iterable[Comparison], command: str) -> str:
+    rows = []
+    for pair in pairs:
+        if pair.baseline == "other":
+            continue
+        first, second = pair.first, pair.second
+        known = [published(run.config, run.data) for run in (first, second)]
+        claimed = known[0] and known[1] and _gain(known[0][METRIC][0], known[1][METRIC][0])
+        rows.append(
+            [
+                first.data,
+                first.config.model,
+                first.name,
+                second.name,
+                pair.baseline,
+                str(len(pair.seeds)),
+                _gain(*pair.means),
+                claimed or "",
+                f"{pair.over_seeds.effect:.2f}" if pair.over_seeds else "",
+                _p(pair.holm),
+                _p(pair.users_holm),
+            ]
+        )
+    head = ["data", "model", "run", "against", "baseline", "seeds", "gain", "published gain"]
+    head += ["d_z", "p, seeds", "p, users"]
+    caption = f"Gains of SEvo in test {METRIC}"
+    return f"""<section id="gains"><h2>Gains</h2>
+<p>Each SEvo run against the same optimizer without SEvo, and against Adam, whose baselines the
+paper's Table 2 reports. The p values are Holm's, within one dataset and model; the sections
+below say how they are made.</p>
+{table_html(caption, Table(head, rows), [command], "No two runs can be compared.")}
+</section>"""
+
+
+def _section(
+    title: str,
+    anchor: str,
+    records: list[Records],
+    runs: list[Run],
+    pairs: list[Comparison],
+    command: str,
+) -> str:
+    train = [command_of(run) for run in records]
+    tests = _without_place(tests_table(records))
+    along = _without_place(curves_table(records))
+    parts = [
+        f'<section id="{anchor}"><h2>{escape(title)}</h2>',
+        table_html("Test metrics", tests, train),
+        _figures(title, records, command),
+        _comparisons(pairs, command),
+        _buckets(runs, command),
+        table_html("Training loss and validation along the way", along, train),
+        "</section>",
+    ]
+    return "\n".join(parts)
+
+
+def _figures(title: str, runs: list[Records], command: str) -> str:
+    shown = runs
+    if len(runs) > MAX_CURVES:  # the presets first
+        usual = [run for run in runs if not overrides(config_of(run), data_of(run))]
+        shown = (usual + [run for run in runs if run not in usual])[:MAX_CURVES]
+    official = {}
+    for run in shown:
+        config, data = config_of(run), data_of(run)
+        if config.optimizer == "sevo_adamw" and published(config, data):
+            official = CURVES.get((config.model, data), {})
+    losses = {epoch: (loss, loss) for epoch, (loss, _, _) in official.items()}
+    valid = {e: (low, high) for e, (_, low, high) in official.items() if low and high}
+    named = [(name_of(run), run) for run in shown]
+    drawn = []
+    for kind, name, label, known in (
+        ("epoch", "loss", "training loss", losses),
+        ("valid", METRIC, f"validation {METRIC}", valid),
+    ):
+        svg = curves(named, kind, name, label, f"{title}: {label} over epochs", known)
+        few = f"; {len(shown)} of {len(runs)} runs" if len(shown) < len(runs) else ""
+        caption = f"{label[0].upper()}{label[1:]}: mean and range of the seeds{few}."
+        drawn.append(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
+    return f'<div class="figures">{"".join(drawn)}</div>{made_by([command])}'
+
+
+def _comparisons(pairs: Sequence[Comparison], command: str) -> str:
+    over_seeds, over_users = [], []
+    for pair in pairs:
+        names = [pair.first.name, pair.second.name]
+        means = [f"{mean:.4f}" for mean in pair.means]
+        row = [*names, str(len(pair.seeds)), *means, _gain(*pair.means)]
+        if test := pair.over_seeds:
+            row += [_interval(test.difference, test.low, test.high), f"{test.effect:.2f}"]
+            row += [_p(test.p), _p(pair.holm), _p(pair.fdr), _p(test.p_exact)]
+        over_seeds.append(row + [""] * (12 - len(row)))
+        if test := pair.over_users:
+            interval = _interval(test.difference, test.low, test.high)
+            tail = [interval, _p(test.p), _p(pair.users_holm), _p(pair.users_fdr)]
+            over_users.append([*names, f"{test.num_users:,}", *tail])
+    names = ["run", "against"]
+    scores = [METRIC, "of the other", "gain", "difference, 95 % interval"]
+    corrected = ["Holm", "Benjamini-Hochberg"]
+    head = [*names, "seeds", *scores, "d_z", "p (t)", *corrected, "p (sign flip)"]
+    users = [*names, "users", "difference, 95 % interval", "p", *corrected]
+    caption = f"Paired over seeds, test {METRIC}"
+    none = "No two of these runs differ in the optimizer alone and share a seed."
+    parts = [
+        "<h3>Comparisons</h3>",
+        _HOW_COMPARED,
+        table_html(caption, Table(head, over_seeds), [command], none),
+    ]
+    if pairs:
+        caption = f"Paired over users, test {METRIC}, mean over seeds"
+        none = (
+            "There is no comparison over users here: it needs the ranks of every user, "
+            "ranks.npz, which only the folders of full runs hold, not the thinned records."
+        )
+        parts.append(table_html(caption, Table(users, over_users), [command], none))
+    return "\n".join(parts)
+
+
+def _buckets(runs: list[Run], command: str) -> str:
+    """Metrics by kind of target and of user, for runs whose ranks say which is which."""
+    held = [(run.name, run.ranks) for run in runs if run.ranks]
+    parts = []
+    for field, what in (
+        ("popularity", "interactions of the target in training (0: a cold item)"),
+        ("lengths", "length of the user's history"),
+    ):
+        columns = [(name, ranks, getattr(ranks, field)) for name, ranks in held]
+        columns = [column for column in columns if column[2] is not None]
+        if not columns:
+            continue
+        values = columns[0][2]  # users are in the same order in all
+        columns = [column for column in columns if np.array_equal(column[2], values)]
+        found = [bucket_metrics(ranks.ranks, values, names=[METRIC]) for _, ranks, _ in columns]
+        rows = []
+        for buckets in zip(*found, strict=True):
+            low, high, num, _ = buckets[0]
+            scores = [f"{bucket.metrics[METRIC].mean():.4f}" for bucket in buckets]
+            span = f"{low} to {high}" if low < high else str(low)
+            rows.append([span, f"{num:,}", *scores])
+        head = [what, "targets", *(name for name, *_ in columns)]
+        parts.append(table_html(f"Test {METRIC} by {what}", Table(head, rows), [command]))
+    return "\n".join(parts)
+
+
+def _missing(found: list[Missing], command: str) -> str:
+    head = ["data", "model", "optimizer", f"seeds of {SEEDS}", "command"]
+    rows = [
+        [
+            row.data,
+            row.config.model,
+            row.config.label,
+            str(row.done),
+            train_command(row.config, row.data, row.seeds),
+        ]
+        for row in found
+    ]
+    none = "Every preset has been run."
+    return f"""<section id="missing"><h2>Not run yet</h2>
+<p>The presets that have been tested with fewer seeds than the {SEEDS} of the published
+runs.</p>
+{table_html("Presets that lack seeds", Table(head, rows), [command], none)}</section>"""
+
+
+def _place(run: Records) -> tuple[str, str]:
+    return data_of(run), config_of(run).model
+
+
+def _without_place(table: Table) -> Table:
+    """Without the columns of data and model, which a section's title says."""
+    return Table(table.head[2:], [row[2:] for row in table.rows])
+
+
+def _gain(value: float, baseline: float) -> str:
+    return f"{100 * relative_gain(value, baseline):+.1f} %" if baseline else ""
+
+
+def _interval(difference: float, low: float, high: float) -> str:
+    return f"{difference:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"

@@ -1,0 +1,82 @@
+"""LightGCN (He et al., SIGIR 2020): a graph network that is nothing but propagation."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jraph
+from flax import nnx
+from jax.nn.initializers import normal
+
+from models.scoring import DotProduct
+
+# The paper says Xavier; its authors' PyTorch code prefers a plain normal distribution, since
+# the network has no non-linearities.
+INIT_STD = 0.1
+
+
+class LightGCN(DotProduct, nnx.Module):
+    r"""Smooths users and items over their graph in each forward pass, without any weights.
+
+    .. math::
+
+      E = \frac{1}{K+1} \sum_{k=0}^{K} \tilde A^k E^{(0)}
+
+    where :math:`E^{(0)}` stacks the user and the item table, :math:`\tilde A` is the
+    symmetrically normalised adjacency of the user-item graph and :math:`K` is `num_layers`.
+    The score of an item for a user is the dot product of their rows of :math:`E`, which
+    `propagate` computes once for a batch; `score` and `score_all` take rows of its results.
+    `items`, in contrast, are rows of :math:`E^{(0)}`, as weight decay sees them.
+
+    Args:
+      num_items, num_users: ids are table rows; there are no special ones.
+      dim: d, the width of the tables.
+      num_layers: the paper's K.
+    """
+
+    num_special = 0
+
+    def __init__(
+        self,
+        num_items: int,
+        num_users: int,
+        *,
+        dim: int = 64,
+        num_layers: int = 3,
+        rngs: nnx.Rngs,
+    ):
+        table = functools.partial(
+            nnx.Embed, features=dim, embedding_init=normal(INIT_STD), rngs=rngs
+        )
+        self.num_users = num_users
+        self.num_layers = num_layers
+        self.user_embedding = table(num_users)
+        self.item_embedding = table(num_items)
+
+    def propagate(self, graph: jraph.GraphsTuple) -> tuple[jax.Array, jax.Array]:
+        """Users `[num_users, d]` and items `[num_items, d]` as the mean of all layers.
+
+        Args:
+          graph: nodes are the users, then the items; both directions of an edge are stored.
+            Its weights may be counts: whatever is positive is one edge, as in the paper, and
+            an edge of weight 0 is padding. It is normalised here.
+        """
+        layer = total = jnp.concatenate(
+            [self.user_embedding.embedding[...], self.item_embedding.embedding[...]]
+        )
+        normalized: Any = _normalized(graph, len(total))
+        for _ in range(self.num_layers):
+            messages = normalized.edges[:, None] * layer[normalized.senders]
+            layer = jraph.segment_sum(messages, normalized.receivers, len(layer))
+            total += layer
+        users, items = jnp.split(total / (self.num_layers + 1), [self.num_users])
+        return users, items
+
+
+def _normalized(graph: Any, num_nodes: int) -> jraph.GraphsTuple:
+    """The graph with edges 1 / sqrt(d_i d_j), where d_i is how many neighbours node i has."""
+    present = (jnp.asarray(graph.edges) > 0).astype(float)
+    degree = jraph.segment_sum(present, graph.receivers, num_nodes)
+    scale = jax.lax.rsqrt(jnp.maximum(degree, 1))  # nodes without an edge send nothing
+    return graph._replace(edges=present * scale[graph.receivers] * scale[graph.senders])

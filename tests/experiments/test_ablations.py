@@ -1,0 +1,162 @@
+"""Sweeps against runs one by one, the declared ablations, and the command."""
+
+from dataclasses import asdict, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import cli
+from experiments.ablations import ABLATIONS, programs
+from experiments.backbones import SWEPT, make_optimizer
+from experiments.config import Config, preset
+from experiments.dataset import leave_one_out
+from experiments.records import read
+from experiments.run import fit, fit_sweep, load_run
+from experiments.synthetic import synthetic
+
+TINY = Config(dim=4, num_blocks=1, max_length=10, batch_size=64, epochs=2, eval_every=1)
+
+
+@pytest.fixture(scope="module")
+def split():
+    return leave_one_out(synthetic(num_users=120, num_items=60, num_communities=3))
+
+
+@pytest.fixture(scope="module")
+def arms():
+    return {
+        "paper": TINY,
+        "beta": replace(TINY, beta=0.5, learning_rate=0.01),
+        "plain": replace(TINY, correct_moments=False, rescale=False, weight_decay=0.0),
+    }
+
+
+@pytest.fixture(scope="module")
+def sweep(split, arms, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    return folder, fit_sweep(arms, split, [3, 4], folder)
+
+
+@pytest.mark.parametrize("label", ["beta", "plain"])
+def test_a_sweep_equals_runs_one_by_one(label, split, arms, sweep, tmp_path):
+    folder, results = sweep
+    alone = fit(arms[label], split, [4], tmp_path / "alone")
+    together = results[list(arms).index(label)]
+    for name, values in alone.test.items():
+        np.testing.assert_allclose(values, together.test[name][1:], rtol=0, atol=0.02)
+    one, _, config = load_run(tmp_path / "alone", 4)
+    other, _, same = load_run(folder / label, 4)
+    assert config == same == arms[label]
+    if alone.best_epoch[0] == together.best_epoch[1]:
+        np.testing.assert_allclose(
+            one.item_embedding.embedding[...], other.item_embedding.embedding[...], atol=1e-5
+        )
+    losses = [
+        [
+            r["loss"]
+            for r in read(path / "records.jsonl")
+            if r["kind"] == "epoch" and r["seed"] == 4
+        ]
+        for path in (tmp_path / "alone", folder / label)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_a_sweep_resumes(split, arms, sweep):
+    folder, results = sweep
+    again = fit_sweep(arms, split, [3, 4], folder, resume=True)
+    for first, second in zip(results, again, strict=True):
+        np.testing.assert_array_equal(first.test["NDCG@10"], second.test["NDCG@10"])
+    with pytest.raises(ValueError, match="holds a run"):
+        fit_sweep(arms, split, [3, 4], folder)
+
+
+def test_a_sweep_varies_traced_settings_alone(split, arms, tmp_path):
+    with pytest.raises(ValueError, match="'wide' does not"):
+        fit_sweep(arms | {"wide": replace(TINY, dim=8)}, split, [0], tmp_path)
+    with pytest.raises(ValueError, match="swept"):
+        make_optimizer(TINY, None, ["dim"])
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_are_valid_and_share_programs(name):
+    def make(optimizer, **settings):
+        return preset("sasrec", "amazon_beauty", optimizer, **settings)
+
+    arms = ABLATIONS[name](make)
+    assert len(arms) > 1 and len(set(arms.values())) == len(arms)
+    groups = programs(arms)
+    assert [label for group in groups for label in group] != [] and sum(
+        map(len, groups)
+    ) == len(arms)
+    for group in groups:
+        fixed = [
+            {k: v for k, v in asdict(config).items() if k not in SWEPT}
+            for config in group.values()
+        ]
+        assert all(one == fixed[0] for one in fixed)
+    if name in ("rescale", "correction"):
+        assert len(groups) == 1
+    if name == "approximation":
+        assert len(groups) == 2  # one for each method, over all beta
+
+
+def test_switching_placement():
+    """First the gradient's, then the update's; one table of four rows."""
+    from sevo_jax import item_graph
+
+    graph = item_graph([[0, 1, 2, 3]], 4)
+    params = {"item_embedding": {"embedding": jnp.ones((4, 2))}}
+    rng = np.random.default_rng(0)
+    gradients = [
+        {"item_embedding": {"embedding": jnp.asarray(rng.normal(size=(4, 2)), jnp.float32)}}
+        for _ in range(4)
+    ]
+
+    def first_updates(placement, num):
+        config = replace(TINY, placement=placement, epochs=2, switch_at=0.5)
+        optimizer = make_optimizer(config, graph, steps_per_epoch=2)
+        state = optimizer.init(params)
+        found = []
+        for gradient in gradients[:num]:
+            updates, state = jax.jit(optimizer.update)(gradient, state, params)
+            found.append(updates["item_embedding"]["embedding"])
+        return np.stack(found)
+
+    switched = first_updates("switch", 4)
+    np.testing.assert_allclose(switched[:2], first_updates("gradient", 2), atol=1e-7)
+    # Adam's moments come from smoothed gradients, so compare the smoothing alone: the later
+    # updates lie in the image of psi, whose inverse gives back entries of Adam's size.
+    assert np.abs(switched[2:] - first_updates("gradient", 4)[2:]).max() > 1e-5
+
+
+def test_the_command(tmp_path, capsys):
+    from tests.experiments.test_run import synthetic as data  # same generator, written as CSV
+
+    found = data(num_users=80, num_items=60, num_communities=3)
+    users = np.repeat(np.arange(found.num_users), np.diff(found.row_splits))
+    path = tmp_path / "log.csv"
+    times = np.arange(len(users))
+    rows = np.stack([users, found.values, times], axis=1)
+    np.savetxt(path, rows, "%d", ",", header="user,item,timestamp", comments="")
+    common = ["--data", str(path), "--dim", "4", "--num-blocks", "1", "--epochs", "1"]
+    out = ["--out", str(tmp_path / "out")]
+    cli.main(["ablate", "beta", *common, *out, "--arms", "adamw", "beta=0.5", "beta=0.9"])
+    printed = capsys.readouterr().out
+    assert "beta=0.9" in printed and "gain" in printed
+    folders = {p.parent.relative_to(tmp_path / "out") for p in tmp_path.rglob("run.json")}
+    assert {str(f) for f in folders} == {
+        "program_0/adamw",
+        "program_1/beta=0.5",
+        "program_1/beta=0.9",
+    }
+    for arguments, message in (
+        (["ablate", "bets", *common], "`name` must be one of"),
+        (["ablate", "beta", *common, "--arms", "beta=2"], "`arms` must be of"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,272 @@
+"""The HTML page: from small made-up records, read as text and opened in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import asdict
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from experiments import cli, report
+from experiments.comparisons import compare, gather, missing
+from experiments.config import preset
+from experiments.page import write_page
+from experiments.ranking import METRICS
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None
+)
+NASTY = "<script>window.bad=1</script>&\"'"
+USERS = 40
+
+
+def write_run(folder, config, scores, data="amazon_beauty", *, ranks=False):
+    """Records of one run; `scores` holds the test metric of each seed."""
+    folder.mkdir(parents=True)
+    lines = []
+    for seed, score in scores.items():
+        values = dict.fromkeys(METRICS, score)
+        common = {"seed": seed, "epoch": 10, "seconds": 2.0}
+        described = {
+            "config": asdict(config),
+            "data": {"name": data, "users": USERS},
+            "device": "1 cpu (cpu)",
+            "cores": 2,
+            "versions": {"jax": "0.10.2"},
+        }
+        lines += [
+            {"kind": "epoch", "seed": seed, "epoch": epoch, "seconds": 1.0, "loss": 1 / epoch}
+            for epoch in (1, 5, 10)
+        ]
+        for kind in ("valid", "test", "last_test"):
+            lines.append({"kind": kind} | common | values | described)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "records.jsonl").write_text(text)
+    if ranks:
+        above = np.random.default_rng(len(folder.name)).integers(0, 20, (len(scores), USERS))
+        np.savez(
+            folder / "ranks.npz",
+            seeds=list(scores),
+            users=np.arange(USERS),
+            above=above,
+            ties=np.zeros_like(above),
+            popularity=np.arange(USERS) // 8,
+            lengths=np.arange(USERS) // 10 + 3,
+        )
+
+
+@pytest.fixture
+def runs(tmp_path):
+    folder = tmp_path / "runs"
+    for optimizer, scores in {
+        "adam": {0: 0.20, 1: 0.22, 2: 0.21},
+        "adamw": {0: 0.30, 1: 0.31, 2: 0.35},
+        "sevo_adamw": {0: 0.40, 1: 0.42, 2: 0.41, 3: 0.9, 4: 0.9},
+    }.items():
+        config = preset("sasrec", "amazon_beauty", optimizer)
+        write_run(folder / "beauty" / optimizer, config, scores, ranks=optimizer != "adam")
+    deeper = preset("sasrec", "amazon_beauty", "sevo_adamw", dropout_rate=0.5)
+    write_run(folder / "beauty" / "dropout", deeper, {0: 0.1})
+    config = preset("gru4rec", NASTY, "adamw")
+    write_run(folder / "nasty" / "adamw", config, {0: 0.1}, NASTY)
+    return folder
+
+
+@pytest.fixture
+def page(runs, tmp_path):
+    path = tmp_path / "page.html"
+    write_page([runs], path)
+    return path
+
+
+def test_pairs_differ_in_the_optimizer_alone(runs):
+    held = [run for run in gather(report.tested([runs])) if run.config.model == "sasrec"]
+    pairs = compare(held, samples=200)
+    found = {(p.first.name, p.second.name): p for p in pairs}
+    assert set(found) == {("adamw", "adam"), ("sevo_adamw", "adam"), ("sevo_adamw", "adamw")}
+    pair = found["sevo_adamw", "adamw"]
+    assert pair.baseline == "same optimizer"
+    assert found["sevo_adamw", "adam"].baseline == "adam"
+    assert found["adamw", "adam"].baseline == "other"
+    assert pair.seeds == [0, 1, 2]  # those that both have
+    np.testing.assert_allclose(pair.means, (0.41, 0.32))
+    assert pair.over_seeds is not None and pair.over_seeds.p_exact == 0.25
+    assert pair.over_users is not None and found["adamw", "adam"].over_users is None
+    assert pair.users_holm == pair.over_users.p  # the only one
+    p = sorted(q.over_seeds.p for q in pairs if q.over_seeds)
+    assert sorted(q.holm or 0 for q in pairs)[0] == pytest.approx(3 * p[0])
+
+
+def test_files_of_one_configuration_are_joined(runs):
+    config = preset("sasrec", "amazon_beauty", "adamw")
+    write_run(runs / "more" / "adamw", config, {2: 0.0, 3: 0.5}, ranks=True)
+    (run,) = (run for run in gather(report.tested([runs])) if run.config == config)
+    assert {seed: test["HR@1"] for seed, test in run.tests.items()} == {
+        0: 0.30, 1: 0.31, 2: 0.35, 3: 0.5
+    }  # fmt: skip
+    assert run.ranks is not None and run.ranks.seeds.tolist() == [0, 1, 2, 3]
+
+
+def test_other_data_of_the_same_name_is_not_compared(runs):
+    held = [run for run in gather(report.tested([runs])) if run.config.model == "sasrec"]
+    held[0] = held[0]._replace(sizes=(("users", 1),))
+    assert len(compare(held, samples=10)) == 1
+
+
+def test_what_is_missing(runs):
+    rows = {
+        (row.config.model, row.data, row.config.label): row
+        for row in missing(gather(report.tested([runs])))
+    }
+    assert ("sasrec", "amazon_beauty", "sevo_adamw") not in rows
+    row = rows["sasrec", "amazon_beauty", "adamw"]
+    assert (row.done, row.seeds) == (3, [3, 4])
+    row = rows["gru4rec", "amazon_toys", "adam"]
+    assert (row.done, row.seeds) == (0, [0, 1, 2, 3, 4])
+
+
+class Outline(HTMLParser):
+    """Checks that tags close in order, and collects what the tests look at."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.tags = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_is_sound_html_of_its_own(page):
+    text = page.read_text(encoding="utf-8")
+    outline = Outline(text)
+    assert len(outline.ids) == len(set(outline.ids))
+    assert not re.search(r"""https?:|(src|href)=["'](?!#|data:,)|url\((?!#)|@import""", text)
+    assert "<script>window" not in text and "&lt;script&gt;window.bad=1" in text
+    assert all(a.get("scope") in ("col", "row") for tag, a in outline.tags if tag == "th")
+    count = [sum(tag == name for tag, _ in outline.tags) for name in ("table", "caption")]
+    assert count[0] == count[1] > 6
+    assert all(a.get("aria-label") for tag, a in outline.tags if tag == "svg")
+
+
+def test_page_says_what_the_records_say(page):
+    text = page.read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if "<td>same optimizer" in line)
+    assert re.findall(r">([^<]+)</t", row)[2:7] == [
+        "sevo_adamw", "adamw", "same optimizer", "3", "+28.1 %"
+    ]  # fmt: skip
+    assert "sevo_adamw, dropout_rate 0.5" in text
+    assert "<em>" not in text and 'class="published"' in text
+    assert "--optimizers adamw --seeds 3 4</td>" in text
+    assert "Test NDCG@10 by length of the user&#x27;s history" in text
+    assert "There is no comparison over users here" not in text
+
+
+def test_thinned_records_have_no_users(runs, tmp_path):
+    for path in runs.rglob("ranks.npz"):
+        path.unlink()
+    write_page([runs], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "it needs the ranks of every user" in text and "Paired over users" not in text
+
+
+def test_same_records_same_page(runs, page):
+    before = page.read_bytes()
+    write_page([runs], page)
+    assert page.read_bytes() == before
+
+
+def test_command_writes_both_pages(runs, tmp_path, capsys):
+    cli.main(["report", "--runs", str(runs), "--page", str(tmp_path / "R.md")])
+    assert "R.html" in capsys.readouterr().out
+    assert "Paired over seeds" in (tmp_path / "R.html").read_text(encoding="utf-8")
+
+
+def test_no_run_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="hold no tested run"):
+        write_page([tmp_path], tmp_path / "page.html")
+
+
+# Runs after the page's own script; what it finds is read from the title of the page.
+PROBE = """<script>
+const found = {errors, wide: document.documentElement.scrollWidth > innerWidth};
+const table = [...document.querySelectorAll("#amazon_beauty-sasrec table")]
+  .find(t => t.caption.textContent === "Test metrics");
+const column = name => [...table.tHead.rows[0].cells]
+  .findIndex(h => h.textContent.startsWith(name));
+const names = () => [...table.tBodies[0].rows].map(row => row.cells[0].textContent);
+const press = name => {
+  const head = table.tHead.rows[0].cells[column(name)];
+  head.querySelector("button").click();
+  return [names(), head.getAttribute("aria-sort")];
+};
+found.before = names();
+found.up = press("NDCG@10");
+found.down = press("NDCG@10");
+found.text = press("optimizer");
+found.blanks = press("device");
+found.marked = table.querySelectorAll("[aria-sort]").length;
+const height = svg => svg.getBoundingClientRect().height;
+found.figures = [...document.querySelectorAll("svg")].map(height);
+found.requests = performance.getEntriesByType("resource").map(entry => entry.name);
+found.bad = "bad" in window;
+document.title = JSON.stringify(found);
+</script></body>"""
+CATCH = """<head><script>
+const errors = [];
+addEventListener("error", event => errors.push(event.message), true);
+addEventListener("securitypolicyviolation", event => errors.push(event.blockedURI));
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_click_sorts_in_a_browser(page, tmp_path):
+    text = page.read_text(encoding="utf-8")
+    probed = tmp_path / "probed.html"
+    text = text.replace("<head>", CATCH, 1).replace("</body>", PROBE, 1)
+    probed.write_text(text, encoding="utf-8")
+    switches = (
+        "headless no-sandbox disable-gpu disable-quic no-first-run disable-sync dump-dom "
+        "disable-background-networking disable-component-update enable-logging=stderr "
+        f"window-size=500,900 user-data-dir={tmp_path / 'profile'}"
+    )
+    command = [str(BROWSER), *(f"--{switch}" for switch in switches.split()), probed.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
+    assert title, done.stderr
+    found = json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert found["errors"] == found["requests"] == [] and not found["bad"]
+    assert "CONSOLE" not in done.stderr
+    assert not found["wide"]  # tables scroll on their own, the page does not
+    names = [
+        "adam",
+        "published adam",
+        "adamw",
+        "sevo_adamw",
+        "published sevo_adamw",
+        "sevo_adamw, dropout_rate 0.5",
+    ]
+    assert found["before"] == names
+    ascending = [names[i] for i in (1, 4, 5, 0, 2, 3)]  # .0336 .0411 .1 .21 .32 .606
+    published = {names[1], names[4]}
+    assert found["up"] == [ascending, "ascending"]
+    assert found["down"] == [ascending[::-1], "descending"]
+    # The browser's own order of letters; published rows among the others.
+    assert found["text"][0][:2] == ["adam", "adamw"] and found["text"][1] == "ascending"
+    assert set(found["blanks"][0][-2:]) == published  # no device there
+    assert found["marked"] == 1
+    assert found["figures"] and min(found["figures"]) > 100
