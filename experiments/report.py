@@ -90,7 +90,9 @@ def tests_table(runs: Iterable[Records]) -> Table:
     for run in runs:
         tests = [r for r in run if r["kind"] == "test"]
         config, data = config_of(run), data_of(run)
-        epochs = [r["seconds"] / len(tests) for r in run if r["kind"] == "epoch"]
+        # Of one seed; a file may hold seeds that were trained apart.
+        together = {r["seed"]: r["num_seeds"] for r in tests}
+        epochs = [r["seconds"] / together[r["seed"]] for r in run if r["kind"] == "epoch"]
         rows.append(
             [
                 data,

@@ -34,6 +34,7 @@ from experiments.backbones import (
 from experiments.batching import training_data
 from experiments.config import Config
 from experiments.dataset import Dataset, Split
+from experiments.per_user import history_lengths, target_popularity
 from experiments.ranking import Ranks, collect, metrics, ranking_data
 from experiments.training import Trainer, TrainState
 from sevo_jax import normalized_adjacency
@@ -243,7 +244,12 @@ def fit_sweep(
         logs[i].flush()
         ranks = {name: values[part] for name, values in best_ranks._asdict().items()}
         np.savez_compressed(
-            folder / label / "ranks.npz", seeds=seeds, users=parts[1].users, **ranks
+            folder / label / "ranks.npz",
+            seeds=seeds,
+            users=parts[1].users,
+            popularity=target_popularity(split),
+            lengths=history_lengths(split),
+            **ranks,
         )
         found = [{k: v[part] for k, v in metric.items()} for metric in (test, last)]
         results.append(Result(one, seeds, *found, progress.best_epoch[part], progress.seconds))

@@ -60,7 +60,7 @@ class Sharded(Adjacency):
         return apply(self.local, coefficients, x)
 
     def _own_share(self, local: Adjacency, coefficients: jax.Array, x: jax.Array) -> jax.Array:
-        """What one device does, with its rows of x `[num_nodes / devices, d]` or all of them."""
+        """What one device does, with its rows `[num_nodes / devices, d]` of x or with all."""
         axes, d = self.axes, x.shape[1]
         if not axes:
             return local.polynomial(coefficients, x)

@@ -108,7 +108,7 @@ def test_row_shardings():
         ({"mesh": None}, TypeError, "takes a `jax.sharding.Mesh`, but `mesh` is NoneType"),
         ({"axes": "columns"}, ValueError, r"axes of the mesh, \('rows',\), but got 'columns'"),
         ({"axes": ()}, ValueError, r"but got \(\)"),
-        ({"axes": ("rows", "rows")}, ValueError, r"different axes .* but got \('rows', 'rows'\)"),
+        ({"axes": ("rows", "rows")}, ValueError, r"but got \('rows', 'rows'\)"),
         ({"graph": None}, TypeError, "takes a `jraph.GraphsTuple`"),
     ],
 )

@@ -1,6 +1,6 @@
 """One of two processes that train together; `test_sharding.py` starts both.
 
-    python -m tests.sevo_jax.two_processes INDEX PORT
+python -m tests.sevo_jax.two_processes INDEX PORT
 """
 
 import sys
@@ -18,9 +18,7 @@ def main(index: int, port: str) -> None:
     assert (jax.process_count(), jax.local_device_count(), jax.device_count()) == (2, 1, 2)
     adjacency, params, batches = problem()
     graph = shard_adjacency(adjacency, mesh(2))
-    actual = train(
-        graph, params, np.asarray(batches), lambda tree: row_shardings(tree, graph)
-    )
+    actual = train(graph, params, np.asarray(batches), lambda tree: row_shardings(tree, graph))
     expected = train(adjacency, params, batches)
     own = slice(index * NUM_NODES // 2, (index + 1) * NUM_NODES // 2)
     tables = 0
