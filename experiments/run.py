@@ -70,7 +70,8 @@ class Progress:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
         names = ("loss", "valid", "best", "best_epoch")
-        return cls(**(values | {name: np.array(values[name]) for name in names}))
+        arrays: Any = {name: np.array(values[name]) for name in names}
+        return cls(**(values | arrays))
 
 
 @dataclass(frozen=True)
@@ -251,8 +252,10 @@ def fit_sweep(
             lengths=history_lengths(split),
             **ranks,
         )
-        found = [{k: v[part] for k, v in metric.items()} for metric in (test, last)]
-        results.append(Result(one, seeds, *found, progress.best_epoch[part], progress.seconds))
+        best, newest = ({k: v[part] for k, v in found.items()} for found in (test, last))
+        results.append(
+            Result(one, seeds, best, newest, progress.best_epoch[part], progress.seconds)
+        )
     return results
 
 

@@ -148,9 +148,9 @@ def test_bert4rec_ranks_by_what_a_mask_at_the_end_hides():
 def test_stosa_ranks_by_distance():
     module = stosa()
     grid, _ = padded([[i + 1 for i in h[-MAX_LENGTH:]] for h in HISTORIES], MAX_LENGTH)
-    states = [leaf[:, -1, None] for leaf in module(jnp.asarray(grid))]
-    rows = [leaf[None] for leaf in module.items(jnp.arange(1, NUM_ITEMS + 1))]
-    scores = np.asarray(module.score(tuple(states), tuple(rows)))
+    states = jax.tree.map(lambda leaf: leaf[:, -1, None], module(jnp.asarray(grid)))
+    rows = jax.tree.map(lambda leaf: leaf[None], module.items(jnp.arange(1, NUM_ITEMS + 1)))
+    scores = np.asarray(module.score(states, rows))
     np.testing.assert_array_equal(
         ranks_above(module, NextItem("bpr", NUM_ITEMS)), better(scores)
     )
@@ -212,7 +212,7 @@ def test_stosa_keeps_positives_from_negatives():
     grid, places = padded(
         [[i + 1 for i in s[:-1][-MAX_LENGTH:]] for s in SEQUENCES], MAX_LENGTH
     )
-    states = tuple(leaf[places] for leaf in module(jnp.asarray(grid)))
+    states = jax.tree.map(lambda leaf: leaf[places], module(jnp.asarray(grid)))
     targets = module.items(batch.targets[used])
     positive = module.score(states, targets)[:, None]
     negatives = module.items(batch.negatives[used])

@@ -122,4 +122,5 @@ def test_bad_input_of_the_others():
     with pytest.raises(TypeError, match="result of `shard_adjacency`, but `graph` is "):
         row_shardings({}, plain)  # pyright: ignore[reportArgumentType]
     with pytest.raises(NotImplementedError, match="call `shard_adjacency`"):
-        Sharded.from_edges(*[np.zeros(0, int)] * 3, 1)
+        none = np.zeros(0, int)
+        Sharded.from_edges(none, none, none, 1)
