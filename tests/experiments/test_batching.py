@@ -102,9 +102,7 @@ def test_windows_whole(sequences, max_length):
 
 
 def test_bad_input():
-    with pytest.raises(
-        ValueError, match='`windows` must be "last", "prefixes" or "whole", got \'all\''
-    ):
+    with pytest.raises(ValueError, match=r"`windows` must be one of \('last', .* got 'all'"):
         training_data(ragged(SEQUENCES), NUM_ITEMS, max_length=4, windows="all")  # type: ignore
     with pytest.raises(ValueError, match="no user has the two training interactions"):
         training_data(ragged([[1], [], [2]]), NUM_ITEMS, max_length=4)
@@ -211,5 +209,5 @@ def test_held_out_items_reach_neither_batches_nor_graph():
         windows = epoch_order(KEY, trainer.data, 8)[0]
         batch = jax.jit(sample_batch, static_argnums=3)(KEY, trainer.data, windows, 64)
         trained.append((trainer.data, trainer.graph, batch))
-        assert {11, 12} <= set(np.asarray(batch.negatives))  # rows of items 10 and 11
+        assert {11, 12} <= set(np.asarray(batch.negatives).ravel())  # rows of items 10 and 11
     jax.tree.map(np.testing.assert_array_equal, *trained)
