@@ -173,8 +173,9 @@ def row_shardings(tree: Any, graph: Sharded) -> Any:
       >>> graph = sevo_jax.item_graph([[0, 1, 2]], num_nodes=8)
       >>> graph = shard_adjacency(graph, jax.make_mesh((jax.device_count(),), ("rows",)))
       >>> params = {"item_embedding": jnp.zeros((8, 2)), "bias": jnp.zeros(2)}
-      >>> jax.tree.map(lambda sharding: sharding.spec, row_shardings(params, graph))
-      {'bias': PartitionSpec(), 'item_embedding': PartitionSpec('rows',)}
+      >>> shardings = row_shardings(params, graph)
+      >>> tuple(shardings["item_embedding"].spec), tuple(shardings["bias"].spec)
+      (('rows',), ())
     """
     if not isinstance(graph, Sharded):
         raise TypeError(

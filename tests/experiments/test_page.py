@@ -35,6 +35,7 @@ def write_run(folder, config, scores, data="amazon_beauty", *, ranks=False):
             "data": {"name": data, "users": USERS},
             "device": "1 cpu (cpu)",
             "cores": 2,
+            "num_seeds": len(scores),
             "versions": {"jax": "0.10.2"},
         }
         lines += [

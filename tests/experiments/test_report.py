@@ -22,6 +22,7 @@ def runs(tmp_path):
         "data": {"name": "amazon_beauty"},
         "device": "1 cpu (cpu)",
         "cores": 2,
+        "num_seeds": 2,
         "versions": {"jax": "0.10.2"},
     }
     records = []

@@ -236,7 +236,7 @@ def test_a_batch_is_never_cut(trainer, monkeypatch):
     """What the compiled epoch cannot report: its stream has room for the longest batch."""
     asked = []
 
-    def epoch(seeded, data, graph, num_slots):
+    def epoch(seeded, data, graph, context, num_slots):
         asked.append(num_slots)
         return seeded[0], seeded[1], None
 
