@@ -12,6 +12,7 @@ from models.layers import (
     Window,
     attend,
     attention_weights,
+    check_heads,
     dropout,
     layer_norm,
     packed_positions,
@@ -48,10 +49,7 @@ class BERT4Rec(nnx.Module):
         dropout_rate: float = 0.2,
         rngs: nnx.Rngs,
     ):
-        if dim % num_heads:
-            raise ValueError(
-                f"`dim` must be a multiple of `num_heads`, got {dim}, {num_heads}."
-            )
+        check_heads(dim, num_heads)
         self.max_length = max_length
         self.dropout_rate = dropout_rate
         num_rows = num_items + self.num_special

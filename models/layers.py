@@ -52,6 +52,12 @@ def layer_norm(dim: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(dim, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
 
+def check_heads(dim: int, num_heads: int) -> None:
+    """Refuses a width that heads cannot share equally."""
+    if dim % num_heads:
+        raise ValueError(f"`dim` must be a multiple of `num_heads`, got {dim}, {num_heads}.")
+
+
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
     """`[..., D]` to `[..., heads, D / heads]`."""
     return x.reshape(*x.shape[:-1], num_heads, -1)

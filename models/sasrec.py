@@ -8,9 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.layers import (
+    check_heads,
     dropout,
+    layer_norm,
     packed_causal_attention,
+    packed_positions,
     padded_causal_attention,
+    split_heads,
     split_key,
     uniform,
     xavier_normal,
@@ -49,10 +53,7 @@ class SASRec(DotProduct, nnx.Module):
         scale_input: bool = True,
         rngs: nnx.Rngs,
     ):
-        if dim % num_heads:
-            raise ValueError(
-                f"`dim` must be a multiple of `num_heads`, got {dim}, {num_heads}."
-            )
+        check_heads(dim, num_heads)
         self.max_length = max_length
         self.dropout_rate = dropout_rate
         self.mask_padding = mask_padding
@@ -67,7 +68,7 @@ class SASRec(DotProduct, nnx.Module):
             Block(dim, num_heads, dropout_rate, normalize_key_value, rngs=rngs)
             for _ in range(num_blocks)
         )
-        self.norm = layer_norm(dim, rngs)
+        self.norm = layer_norm(dim, LAYER_NORM_EPS, rngs)
 
     def __call__(self, items: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """States of a left-padded batch.
@@ -117,8 +118,7 @@ class SASRec(DotProduct, nnx.Module):
                 key_drop,
             )
 
-        positions = stream.num_padding(self.max_length) + stream.offset
-        positions = jnp.minimum(positions, self.max_length - 1)  # unused slots
+        positions = packed_positions(stream, self.max_length)
         return self._states(embedded, positions, True, attend, dropout_key)
 
     def _states(
@@ -156,11 +156,11 @@ class Block(nnx.Module):
         # The three input projections are one [3 dim, dim] matrix in the initialisation.
         in_init = uniform(math.sqrt(6 / (4 * dim)))
         conv_init = uniform(1 / math.sqrt(dim))
-        self.attention_norm = layer_norm(dim, rngs)
+        self.attention_norm = layer_norm(dim, LAYER_NORM_EPS, rngs)
         self.query = nnx.Linear(dim, dim, kernel_init=in_init, rngs=rngs)
         self.key_value = nnx.Linear(dim, 2 * dim, kernel_init=in_init, rngs=rngs)
         self.out = nnx.Linear(dim, dim, kernel_init=xavier_normal, rngs=rngs)
-        self.forward_norm = layer_norm(dim, rngs)
+        self.forward_norm = layer_norm(dim, LAYER_NORM_EPS, rngs)
         self.hidden, self.output = (
             nnx.Linear(dim, dim, kernel_init=conv_init, bias_init=conv_init, rngs=rngs)
             for _ in range(2)
@@ -169,7 +169,7 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, attend: Callable, dropout_key: jax.Array | None):
         key_attention, key_hidden, key_output = split_key(dropout_key, 3)
         normalized = self.attention_norm(x)
-        query = self._heads(self.query(normalized))
+        query = split_heads(self.query(normalized), self.num_heads)
         key, value = self._key_value(normalized if self.normalize_key_value else x)
         # What a padding slot, whose state is zero, offers to attention.
         zero = jnp.zeros(x.shape[-1:], x.dtype)
@@ -182,14 +182,6 @@ class Block(nnx.Module):
         hidden = nnx.relu(dropout(self.hidden(y), self.dropout_rate, key_hidden))
         return y + dropout(self.output(hidden), self.dropout_rate, key_output)
 
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], self.num_heads, -1)
-
     def _key_value(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         key, value = jnp.split(self.key_value(x), 2, axis=-1)
-        return self._heads(key), self._heads(value)
-
-
-def layer_norm(dim: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The fast variance E[x^2] - E[x]^2 cancels badly next to an epsilon of 1e-8.
-    return nnx.LayerNorm(dim, epsilon=LAYER_NORM_EPS, use_fast_variance=False, rngs=rngs)
+        return split_heads(key, self.num_heads), split_heads(value, self.num_heads)

@@ -12,6 +12,7 @@ from models.layers import (
     Window,
     attend,
     attention_weights,
+    check_heads,
     dropout,
     layer_norm,
     packed_positions,
@@ -57,10 +58,7 @@ class STOSA(nnx.Module):
         fixed: bool = False,
         rngs: nnx.Rngs,
     ):
-        if dim % num_heads:
-            raise ValueError(
-                f"`dim` must be a multiple of `num_heads`, got {dim}, {num_heads}."
-            )
+        check_heads(dim, num_heads)
         self.max_length = max_length
         self.dropout_rate = dropout_rate
         num_rows = num_items + self.num_special

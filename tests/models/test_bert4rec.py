@@ -10,12 +10,20 @@ from flax import nnx
 
 from models import BERT4Rec
 from tests.models.toys import (
+    BATCH,
     MAX_LENGTH,
     NUM_ITEMS,
+    NUM_USED,
+    PLACES,
+    ROWS,
     SEQUENCES,
+    STREAM,
     abstract,
+    assert_item_rows_seen,
     assert_same_tree,
     assert_uniform,
+    forms,
+    gradients_in_training,
     initial_params,
     packed,
     padded,
@@ -24,10 +32,6 @@ from tests.models.toys import (
 )
 
 DIM = 6
-BATCH, PLACES = padded(SEQUENCES, MAX_LENGTH)
-ROWS, STREAM = packed(SEQUENCES, 19)
-NUM_USED = sum(map(len, SEQUENCES))
-ROWS[NUM_USED:] = 16  # unused slots may hold anything; no sequence has this one
 
 
 def build(max_length=MAX_LENGTH, dtype="float32", **options) -> BERT4Rec:
@@ -35,21 +39,6 @@ def build(max_length=MAX_LENGTH, dtype="float32", **options) -> BERT4Rec:
     return abstract(
         lambda rngs: BERT4Rec(NUM_ITEMS, max_length=max_length, **options, rngs=rngs), dtype
     )
-
-
-def forms(module: BERT4Rec):
-    """Both forms as functions of the parameters, giving the states of real slots `[T, dim]`."""
-    graphdef = nnx.split(module)[0]
-
-    def in_padded_form(params, key=None):
-        return nnx.merge(graphdef, params)(jnp.asarray(BATCH), dropout_key=key)[PLACES]
-
-    def in_packed_form(params, key=None):
-        module = nnx.merge(graphdef, params)
-        states = module.packed(module.embed(jnp.asarray(ROWS)), STREAM, dropout_key=key)
-        return states[:NUM_USED]
-
-    return in_padded_form, in_packed_form
 
 
 def slow_states(params, sequence, num_heads) -> np.ndarray:
@@ -165,45 +154,18 @@ def test_packed_equals_padded(max_length, num_blocks):
 
 
 def test_a_state_depends_on_all_items_of_its_sequence():
-    """By gradients, exactly: on items before and after it, and on no other sequence.
-
-    No row of the table is used twice, so its gradient belongs to one slot.
-    """
+    """By gradients, exactly: on items before and after it, and on no other sequence."""
     module = build()
     params = random_params(module)
     expected = np.equal.outer(PLACES[0], PLACES[0])
     for form in forms(module):
-        jacobian = jax.jit(jax.jacrev(form))(params)["item_embedding"]["embedding"]
-        depends = (np.asarray(jacobian) != 0).any(axis=(1, 3))  # [T, rows of the table]
-        np.testing.assert_array_equal(depends[:, ROWS[:NUM_USED]], expected)
-        assert not depends[:, 0].any()
+        assert_item_rows_seen(form, params, expected)
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["padded", "packed"])
 def test_dropout_and_the_padding_row(form):
-    """A key means training, the same one the same dropout, and none evaluation.
-
-    In training too, rows of items that are not in the batch and the padding row have exactly
-    no gradient: the optimizer's correction of moments goes by that.
-    """
     module = build()
-    params = random_params(module)
-    apply = forms(module)[form]
-    target = np.random.default_rng(1).normal(size=(NUM_USED, DIM))
-
-    def loss(params, key):
-        states = apply(params, key)
-        return (states * target).sum(), states
-
-    train, evaluate = jax.jit(jax.grad(loss, has_aux=True)), jax.jit(apply)
-    gradients, states = zip(*(train(params, jax.random.key(s)) for s in range(8)), strict=True)
-    np.testing.assert_array_equal(states[0], train(params, jax.random.key(0))[1])
-    for other in (states[1], evaluate(params)):
-        assert np.any(np.asarray(states[0] != other))
-
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
-    touched = sum(np.abs(g["item_embedding"]["embedding"]).sum(axis=1) for g in gradients)
-    np.testing.assert_array_equal(np.flatnonzero(touched), np.sort(ROWS[:NUM_USED]))
+    gradients_in_training(forms(module)[form], random_params(module), ["item_embedding"])
 
 
 def test_padding_has_no_influence():

@@ -10,12 +10,19 @@ from flax import nnx
 
 from models import STOSA
 from tests.models.toys import (
+    BATCH,
     MAX_LENGTH,
     NUM_ITEMS,
+    NUM_USED,
+    PLACES,
+    ROWS,
     SEQUENCES,
+    STREAM,
     abstract,
     assert_normal,
     assert_same_tree,
+    forms,
+    gradients_in_training,
     initial_params,
     packed,
     padded,
@@ -25,10 +32,6 @@ from tests.models.toys import (
 
 DIM = 6
 TABLES = ("item_mean", "item_covariance", "position_mean", "position_covariance")
-BATCH, PLACES = padded(SEQUENCES, MAX_LENGTH)
-ROWS, STREAM = packed(SEQUENCES, 19)
-NUM_USED = sum(map(len, SEQUENCES))
-ROWS[NUM_USED:] = 16  # unused slots may hold anything; no sequence has this one
 
 
 def build(max_length=MAX_LENGTH, dtype="float32", **options) -> STOSA:
@@ -39,27 +42,6 @@ def build(max_length=MAX_LENGTH, dtype="float32", **options) -> STOSA:
     for name in TABLES:  # an `Embed` casts to the type that it was built with
         getattr(module, name).dtype = jnp.dtype(dtype)
     return module
-
-
-def forms(module: STOSA):
-    """Both forms as functions of the parameters, giving the states of real slots: mean and
-    covariance `[T, dim]`."""
-    graphdef = nnx.split(module)[0]
-
-    def real_slots(states, where):
-        mean, covariance = states
-        return mean[where], covariance[where]
-
-    def in_padded_form(params, key=None):
-        states = nnx.merge(graphdef, params)(jnp.asarray(BATCH), dropout_key=key)
-        return real_slots(states, PLACES)
-
-    def in_packed_form(params, key=None):
-        module = nnx.merge(graphdef, params)
-        states = module.packed(module.embed(jnp.asarray(ROWS)), STREAM, dropout_key=key)
-        return real_slots(states, slice(NUM_USED))
-
-    return in_padded_form, in_packed_form
 
 
 def slow_elu(x):
@@ -259,33 +241,10 @@ def test_a_state_depends_on_the_items_up_to_it(fixed):
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("form", [0, 1], ids=["padded", "packed"])
 def test_dropout_and_parameters_without_gradient(form, fixed):
-    """A key means training, the same one the same dropout, and none evaluation.
-
-    In training too, rows of items that are not in the batch and the padding row have exactly
-    no gradient: the optimizer's correction of moments goes by that. Nor have the layers of
-    the means that the published network computes in vain.
-    """
+    """Nor have those layers of the means a gradient that the published network leaves out."""
     module = build(fixed=fixed, attention_dropout_rate=0.3)
-    params = random_params(module)
-    apply = forms(module)[form]
-    target = np.random.default_rng(1).normal(size=(2, NUM_USED, DIM))
-
-    def loss(params, key):
-        states = apply(params, key)
-        return (jnp.stack(states) * target).sum(), states
-
-    train, evaluate = jax.jit(jax.grad(loss, has_aux=True)), jax.jit(apply)
-    gradients, states = zip(*(train(params, jax.random.key(s)) for s in range(8)), strict=True)
-    for i in (0, 1):
-        np.testing.assert_array_equal(states[0][i], train(params, jax.random.key(0))[1][i])
-        for other in (states[1], evaluate(params)):
-            assert np.any(np.asarray(states[0][i] != other[i]))
-
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
-    total = jax.tree.map(lambda *leaves: sum(np.abs(leaf) for leaf in leaves), *gradients)
-    for name in ("item_mean", "item_covariance"):
-        touched = np.flatnonzero(total[name]["embedding"].sum(axis=1))
-        np.testing.assert_array_equal(touched, np.sort(ROWS[:NUM_USED]))
+    tables = ("item_mean", "item_covariance")
+    total = gradients_in_training(forms(module)[form], random_params(module), tables)
     leaves = zip(paths(total), jax.tree.leaves(total), strict=True)
     untrained = {name for name, leaf in leaves if not leaf.any()}
     linear = ("value", "out", "hidden", "output")

@@ -98,3 +98,71 @@ def assert_normal(values: Any, std: float) -> None:
 def assert_uniform(values: Any, bound: float) -> None:
     assert np.abs(values).max() <= bound
     assert stats.kstest((np.ravel(values) / bound + 1) / 2, "uniform").pvalue > 1e-3
+
+
+# The sequences padded on the left, and packed with unused slots that hold what no sequence has.
+BATCH, PLACES = padded(SEQUENCES, MAX_LENGTH)
+ROWS, STREAM = packed(SEQUENCES, 19)
+NUM_USED = sum(map(len, SEQUENCES))
+ROWS[NUM_USED:] = 16
+
+
+def forms(module: Any):
+    """Both forms of an attention model as functions of the parameters, giving the states of
+    real slots, leaves `[T, dim]`."""
+    graphdef = nnx.split(module)[0]
+
+    def in_padded_form(params, key=None):
+        states = nnx.merge(graphdef, params)(jnp.asarray(BATCH), dropout_key=key)
+        return jax.tree.map(lambda leaf: leaf[PLACES], states)
+
+    def in_packed_form(params, key=None):
+        module = nnx.merge(graphdef, params)
+        states = module.packed(module.embed(jnp.asarray(ROWS)), STREAM, dropout_key=key)
+        return jax.tree.map(lambda leaf: leaf[:NUM_USED], states)
+
+    return jax.jit(in_padded_form), jax.jit(in_packed_form)
+
+
+def gradients_in_training(apply: Any, params: dict[str, Any], tables: Sequence[str]) -> Any:
+    """Sum of absolute gradients over eight draws of dropout, after checks for all models.
+
+    A key means training, the same one the same dropout, and none evaluation. In training too,
+    rows of items that are not in the batch and the padding row have exactly no gradient: the
+    optimizer's correction of moments goes by that. A row stays untouched if dropout takes all
+    of it, hence the sum.
+    """
+    leaves = jax.tree.leaves(jax.eval_shape(apply, params))
+    rng = np.random.default_rng(1)
+    targets = [rng.normal(size=leaf.shape) for leaf in leaves]
+
+    def loss(params, key):
+        states = jax.tree.leaves(apply(params, key))
+        return sum((s * t).sum() for s, t in zip(states, targets, strict=True)), states
+
+    train = jax.jit(jax.grad(loss, has_aux=True))
+    gradients, states = zip(*(train(params, jax.random.key(s)) for s in range(8)), strict=True)
+    again = train(params, jax.random.key(0))[1]
+    evaluated, twice = (jax.tree.leaves(apply(params)) for _ in range(2))
+    for i in range(len(leaves)):
+        np.testing.assert_array_equal(states[0][i], again[i])
+        np.testing.assert_array_equal(evaluated[i], twice[i])
+        for other in (states[1][i], evaluated[i]):
+            assert np.any(np.asarray(states[0][i] != other))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
+    total = jax.tree.map(lambda *g: sum(np.abs(leaf) for leaf in g), *gradients)
+    for table in tables:
+        touched = np.flatnonzero(total[table]["embedding"].sum(axis=1))
+        np.testing.assert_array_equal(touched, np.sort(ROWS[:NUM_USED]))
+    return total
+
+
+def assert_item_rows_seen(form: Any, params: dict[str, Any], expected: np.ndarray) -> None:
+    """Which items each state depends on, by gradients and exactly: `expected` bool `[T, T]`.
+
+    No row of the table is used twice, so its gradient belongs to one slot.
+    """
+    jacobian = jax.jit(jax.jacrev(form))(params)["item_embedding"]["embedding"]
+    depends = (np.asarray(jacobian) != 0).any(axis=(1, 3))  # [T, rows of the table]
+    np.testing.assert_array_equal(depends[:, ROWS[:NUM_USED]], expected)
+    assert not depends[:, 0].any()
