@@ -25,16 +25,27 @@ class Backbone:
     """What the one training loop needs to know of a model.
 
     Args:
-      build: makes the module from the numbers of users and items, the settings and the keys.
+      module: the class, from `models`.
       objective: how it trains and ranks, from the number of items and the settings.
+      settings: by argument of the class, the field of `Config` that it takes.
+      knows_users: the class also takes the number of users.
       tables: the pattern of the tables that SEvo smooths, see `sevo_jax.sevo`.
-      num_special: rows of the item table in front of the items.
     """
 
-    build: Callable[[int, int, Config, nnx.Rngs], Any]
+    module: Any
     objective: Callable[[int, Config], Objective]
+    settings: dict[str, str]
+    knows_users: bool = False
     tables: str = TABLE
-    num_special: int = 1
+
+    def build(self, num_users: int, num_items: int, config: Config, rngs: nnx.Rngs) -> Any:
+        sizes = (num_items, num_users) if self.knows_users else (num_items,)
+        settings = {name: getattr(config, field) for name, field in self.settings.items()}
+        return self.module(*sizes, **settings, rngs=rngs)
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
 
 
 def _next_item(num_items: int, config: Config) -> NextItem:
@@ -48,81 +59,34 @@ def _next_item(num_items: int, config: Config) -> NextItem:
     )
 
 
-def _sasrec(num_users: int, num_items: int, config: Config, rngs: nnx.Rngs) -> models.SASRec:
-    return models.SASRec(
-        num_items,
-        dim=config.dim,
-        max_length=config.max_length,
-        num_blocks=config.num_blocks,
-        num_heads=config.num_heads,
-        dropout_rate=config.dropout_rate,
-        rngs=rngs,
-    )
-
-
-def _gru4rec(num_users: int, num_items: int, config: Config, rngs: nnx.Rngs) -> models.GRU4Rec:
-    return models.GRU4Rec(
-        num_items,
-        dim=config.dim,
-        hidden_dim=config.dim,
-        max_length=config.max_length,
-        dropout_rate=config.dropout_rate,
-        rngs=rngs,
-    )
-
-
-def _bert4rec(
-    num_users: int, num_items: int, config: Config, rngs: nnx.Rngs
-) -> models.BERT4Rec:
-    return models.BERT4Rec(
-        num_items,
-        dim=config.dim,
-        max_length=config.max_length,
-        num_blocks=config.num_blocks,
-        num_heads=config.num_heads,
-        dropout_rate=config.dropout_rate,
-        rngs=rngs,
-    )
-
-
-def _stosa(num_users: int, num_items: int, config: Config, rngs: nnx.Rngs) -> models.STOSA:
-    return models.STOSA(
-        num_items,
-        dim=config.dim,
-        max_length=config.max_length,
-        num_blocks=config.num_blocks,
-        num_heads=config.num_heads,
-        dropout_rate=config.dropout_rate,
-        attention_dropout_rate=config.attention_dropout_rate,
-        fixed=config.fixed,
-        rngs=rngs,
-    )
-
-
-def _mf(num_users: int, num_items: int, config: Config, rngs: nnx.Rngs) -> models.MF:
-    return models.MF(num_items, num_users, dim=config.dim, rngs=rngs)
-
-
-def _lightgcn(
-    num_users: int, num_items: int, config: Config, rngs: nnx.Rngs
-) -> models.LightGCN:
-    return models.LightGCN(
-        num_items, num_users, dim=config.dim, num_layers=config.num_blocks, rngs=rngs
-    )
-
+_ATTENTION = _same("dim", "max_length", "num_blocks", "num_heads", "dropout_rate")
 
 BACKBONES: dict[str, Backbone] = {
-    "sasrec": Backbone(_sasrec, _next_item),
-    "gru4rec": Backbone(_gru4rec, _next_item),
-    "bert4rec": Backbone(
-        _bert4rec,
-        lambda num_items, config: MaskedItem(config.mask_prob),
-        tables="(item|output)_embedding",
-        num_special=2,
+    "sasrec": Backbone(models.SASRec, _next_item, _ATTENTION),
+    "gru4rec": Backbone(
+        models.GRU4Rec,
+        _next_item,
+        _same("dim", "max_length", "dropout_rate") | {"hidden_dim": "dim"},
     ),
-    "stosa": Backbone(_stosa, _next_item, tables="item_(mean|covariance)"),
-    "mf": Backbone(_mf, lambda *_: UserItem(), num_special=0),
-    "lightgcn": Backbone(_lightgcn, lambda *_: UserItem(), num_special=0),
+    "bert4rec": Backbone(
+        models.BERT4Rec,
+        lambda _, config: MaskedItem(config.mask_prob),
+        _ATTENTION,
+        tables="(item|output)_embedding",
+    ),
+    "stosa": Backbone(
+        models.STOSA,
+        _next_item,
+        _ATTENTION | _same("attention_dropout_rate", "fixed"),
+        tables="item_(mean|covariance)",
+    ),
+    "mf": Backbone(models.MF, lambda *_: UserItem(), _same("dim"), knows_users=True),
+    "lightgcn": Backbone(
+        models.LightGCN,
+        lambda *_: UserItem(),
+        {"dim": "dim", "num_layers": "num_blocks"},
+        knows_users=True,
+    ),
 }
 
 
@@ -133,7 +97,7 @@ def make_graph(config: Config, split: Split) -> Any:
     if config.graph == "users_items":
         return user_item_graph(split)
     # Special rows in front of the items are isolated nodes.
-    num_special = BACKBONES[config.model].num_special
+    num_special = BACKBONES[config.model].module.num_special
     return item_graph(
         (values + num_special, row_splits),
         num_items + num_special,

@@ -4,6 +4,7 @@ An objective joins a kind of model to the one training loop (`training.Trainer`)
 epoch, draws a batch, gives its loss, and scores the catalogue for histories.
 """
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 from experiments import batching
 from experiments.batching import Batch, TrainData
 from experiments.ranking import Histories
-from models import losses
-from models.packing import Packed, pack
+from models import BERT4Rec, losses
+from models.packing import Packed
 from models.scoring import SequenceModel
 
 
@@ -58,8 +59,8 @@ class NextItem:
       num_negatives: n.
       label_smoothing: of `"cross_entropy"`.
       gbce_t: the calibration t of `"gbce"`, 0 for plain BCE and 1 for a calibrated one.
-      pvn_weight: of STOSA's second term, which keeps positives nearer to each other's targets
-        than negatives: mean relu(score of the pair (positive, negative) - positive score).
+      pvn_weight: of STOSA's second term, which is added to `"bce"` and `"bpr"`: the mean of
+        relu(score of positive and negative item - score of the positive).
     """
 
     kind: str
@@ -70,13 +71,18 @@ class NextItem:
     pvn_weight: float = 0.0
     num_queries = 0
 
+    @property
+    def draws_for_each(self) -> bool:
+        """Whether each target has negatives of its own."""
+        return self.kind in ("bce", "bpr", "gbce")
+
     def order(self, key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
         return batching.epoch_order(key, data, batch_size)
 
     def sample(
         self, key: jax.Array, data: TrainData, windows: jax.Array, num_slots: int
     ) -> Batch:
-        if self.kind in ("bce", "bpr", "gbce"):
+        if self.draws_for_each:
             return batching.sample_batch(key, data, windows, num_slots, self.num_negatives)
         batch = batching.sample_batch(key, data, windows, num_slots, 0)
         if self.kind == "cross_entropy":
@@ -88,13 +94,14 @@ class NextItem:
         self, module: SequenceModel, batch: Batch, dropout_key: jax.Array, context: Any = None
     ) -> jax.Array:
         del context
-        per_slot = self.kind in ("bce", "bpr", "gbce")
         rows = jnp.stack([batch.inputs, batch.targets])
-        if per_slot:
+        if self.draws_for_each:
             rows = jnp.concatenate([rows, batch.negatives.T])
         # One gather, and so one scatter in its gradient, for all uses of the table.
         embedded = module.embed(rows)
-        inputs, targets = _first(embedded, 0), _first(embedded, 1)
+        inputs, targets = (
+            jax.tree.map(operator.itemgetter(place), embedded) for place in (0, 1)
+        )
         states = module.packed(inputs, batch.stream, dropout_key=dropout_key)
         positive, weights = module.score(states, targets), batch.weights
         if self.kind == "cross_entropy":
@@ -112,7 +119,7 @@ class NextItem:
             return losses.sampled_softmax(
                 positive, negative, weights, num_items=self.num_items, hits=hit
             )
-        drawn = jax.tree.map(lambda leaf: leaf[2:], embedded)
+        drawn = jax.tree.map(operator.itemgetter(slice(2, None)), embedded)
         negative = module.score(states, drawn).T
         if self.kind == "gbce":
             return losses.gbce(
@@ -136,7 +143,7 @@ class NextItem:
         def scores_of(histories: Histories) -> jax.Array:
             stream, rows = histories.pack(num_slots, module.num_special)
             states = module.packed(module.embed(rows), stream)
-            newest = jax.tree.map(lambda leaf: leaf[stream.last], states)
+            newest = jax.tree.map(operator.itemgetter(stream.last), states)
             return module.score_all(newest, items)
 
         return scores_of
@@ -173,7 +180,8 @@ class MaskedItem:
     def sample(
         self, key: jax.Array, data: TrainData, windows: jax.Array, num_slots: int
     ) -> MaskedBatch:
-        stream, rows = batching.sample_items(data, windows, num_slots, num_special=2)
+        num_special = BERT4Rec.num_special
+        stream, rows = batching.sample_items(data, windows, num_slots, num_special)
         hidden = stream.used & jax.random.bernoulli(key, self.mask_prob, (num_slots,))
         # Only hidden slots meet the output table. There is room for eight standard deviations
         # more of them than are expected: that many are not hidden in 10^15 batches.
@@ -205,11 +213,8 @@ class MaskedItem:
 
         def scores_of(histories: Histories) -> jax.Array:
             # The newest items and a mask after them; what the mask hides is the answer.
-            stream = pack(
-                histories.starts, histories.lengths + 1, num_slots + len(histories.lengths)
-            )
-            values = histories.values[jnp.minimum(stream.index, len(histories.values) - 1)]
-            rows = jnp.where(stream.used, values + module.num_special, 0)
+            longer = histories._replace(lengths=histories.lengths + 1)
+            stream, rows = longer.pack(num_slots + len(longer.lengths), module.num_special)
             rows = rows.at[stream.last].set(self.MASK)
             states = module.packed(module.embed(rows), stream)[stream.last]
             return module.score_all(states, items)
@@ -273,7 +278,3 @@ class UserItem:
             all_users, items = module.propagate(context)
             users = all_users.__getitem__
         return lambda histories: module.score_all(users(histories.users), items)
-
-
-def _first(embedded: Any, place: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[place], embedded)
