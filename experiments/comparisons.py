@@ -22,7 +22,8 @@ from experiments.statistics import (
 
 _RATES = {"learning_rate", "weight_decay", "b1", "b2", "eps", "momentum"}
 _SEVO = {"placement", "beta", "num_layers", "method", "rescale", "correct_moments"}
-_SEVO |= {"graph", "graph_window", "graph_distance"}
+_SEVO |= {"isolated", "switch_at", "graph"}
+_SEVO |= {"graph_window", "graph_distance", "graph_weighting", "graph_keep"}
 
 
 class Run(NamedTuple):

@@ -8,10 +8,12 @@ Optimizer = Literal["adamw", "sevo_adamw", "adam", "sevo_adam", "sgd", "sevo_sgd
 Placement = Literal["update", "gradient", "switch"]
 Loss = Literal["bce", "bpr", "gbce", "sampled_softmax", "cross_entropy"]
 Windows = Literal["last", "prefixes", "whole", "items", "users"]
-# How sequences are cut for a model whose objective allows but one way.
-_WINDOWS = {"bert4rec": "items", "mf": "users", "lightgcn": "users"}
-
-
+# What a model's objective fixes: the cut of the sequences, and the loss.
+_FIXED = {
+    "bert4rec": {"windows": "items", "loss": "cross_entropy"},
+    "mf": {"windows": "users", "loss": "bpr"},
+    "lightgcn": {"windows": "users", "loss": "bpr"},
+}
 _FRACTIONS = (
     "b1",
     "b2",
@@ -86,12 +88,18 @@ class Config:
                 and name not in ("weight_decay", "num_layers", "epochs", "pvn_weight")
             ):
                 raise ValueError(f"`{name}` must be positive, got {value}.")
-        needed = _WINDOWS.get(self.model)
-        if self.windows != needed and (needed or self.windows in _WINDOWS.values()):
+        for name, needed in _FIXED.get(self.model, {}).items():
+            if getattr(self, name) != needed:
+                raise ValueError(
+                    f"`{name}` of {self.model} must be {needed!r}, got {getattr(self, name)!r}."
+                )
+        if self.model not in _FIXED and self.windows in ("items", "users"):
             raise ValueError(
-                f"`windows` of {self.model} must be {needed or 'last, prefixes or whole'}, got "
+                f"`windows` of {self.model} must be last, prefixes or whole, got "
                 f"{self.windows!r}."
             )
+        if self.pvn_weight and self.model != "stosa":
+            raise ValueError(f"`pvn_weight` is for stosa alone, got it for {self.model}.")
         if self.placement != "update" and not self.optimizer.startswith("sevo_"):
             raise ValueError(
                 f'`placement` "{self.placement}" needs an optimizer with SEvo, got '

@@ -2,7 +2,6 @@
 
 import io
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -14,7 +13,7 @@ matplotlib.use("Agg")  # no display on a server
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.report import Records
+from experiments.report import Records, by_epoch
 
 _INK = "#010203"  # stands for the page's own text colour
 _STYLE: Any = {
@@ -53,11 +52,11 @@ def curves(
     """
     with plt.rc_context(_STYLE | {"svg.hashsalt": title}):
         figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
-        for place, (title, records) in enumerate(runs):
+        for place, (run, records) in enumerate(runs):
             epochs, low, mean, high = _spread(records, kind, name)
-            sevo = title.startswith("sevo_")
+            sevo = run.startswith("sevo_")
             color = f"C{place % 10}"
-            axis.plot(epochs, mean, "-" if sevo else "--", color=color, lw=1.6, label=title)
+            axis.plot(epochs, mean, "-" if sevo else "--", color=color, lw=1.6, label=run)
             axis.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
         if published:
             bounds = np.array(list(published.values())).T
@@ -78,10 +77,7 @@ def curves(
 def _spread(
     records: Records, kind: str, name: str
 ) -> tuple[list[int], list[float], list[float], list[float]]:
-    found: dict[int, list[float]] = defaultdict(list)
-    for record in records:
-        if record["kind"] == kind:
-            found[record["epoch"]].append(record[name])
+    found = by_epoch(records, kind, name)
     epochs = sorted(found)
     columns = [[float(f(found[e])) for e in epochs] for f in (min, np.mean, max)]
     return epochs, columns[0], columns[1], columns[2]

@@ -153,8 +153,9 @@ def results_table(results: list[Result], dataset: str) -> Table:
 
 
 def spread(values: np.ndarray) -> str:
-    spread = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{values.mean():.4f}{spread}"
+    """Mean and, of several values, standard deviation."""
+    deviation = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{values.mean():.4f}{deviation}"
 
 
 def _published(value: tuple[float, float | None] | None) -> str:

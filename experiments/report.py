@@ -131,7 +131,7 @@ def curves_table(runs: Iterable[Records]) -> Table:
         official = CURVES.get((config.model, data), {}) if published(config, data) else {}
         if config.optimizer != "sevo_adamw":
             official = {}
-        losses, valid = _by_epoch(run, "epoch", "loss"), _by_epoch(run, "valid", "NDCG@10")
+        losses, valid = by_epoch(run, "epoch", "loss"), by_epoch(run, "valid", "NDCG@10")
         for epoch in (1, 5, 10, 20, 40, 100, 200, 300, 500, 1000):
             if epoch not in losses:
                 continue
@@ -211,7 +211,8 @@ def sort_key(run: Records) -> tuple[str, str, bool, str]:
     return data_of(run), config.model, config.optimizer.startswith("sevo_"), name_of(run)
 
 
-def _by_epoch(run: Records, kind: str, name: str) -> dict[int, list[float]]:
+def by_epoch(run: Records, kind: str, name: str) -> dict[int, list[float]]:
+    """The values that a run's records of a kind have at each epoch, one for each seed."""
     found = defaultdict(list)
     for record in run:
         if record["kind"] == kind:

@@ -40,6 +40,7 @@ from experiments.training import Trainer, TrainState
 from sevo_jax import normalized_adjacency
 
 RUN = "run.json"
+CHECKPOINTS = "checkpoints"
 SELECTION = "NDCG@10"  # the validation metric that picks the best epoch
 
 
@@ -103,10 +104,10 @@ def make_trainer(config: Config, split: Split, swept: Sequence[str] = ()) -> Tra
         graph = normalized_adjacency(make_graph(config, split))
     objective = backbone.objective(dataset.num_items, config)
     batch_size = windows_per_step(config, data)
-    samples = len(data.values) if config.windows == "users" else data.num_windows
+    order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))
     return Trainer(
         lambda rngs: backbone.build(dataset.num_users, dataset.num_items, config, rngs),
-        make_optimizer(config, graph, swept, -(-samples // batch_size)),
+        make_optimizer(config, graph, swept, steps_per_epoch=order.shape[0]),
         objective,
         graph,
         data,
@@ -222,7 +223,9 @@ def fit_sweep(
                 state, loss = trainer.epoch(state, epoch)
                 progress.loss = np.asarray(loss, np.float64)
                 _check_finite(progress.loss, runs, epoch)
-                log("epoch", epoch, {"loss": progress.loss}, time.perf_counter() - began)
+                # A setting's record has its share of the time.
+                seconds = (time.perf_counter() - began) / len(logs)
+                log("epoch", epoch, {"loss": progress.loss}, seconds)
             if epoch % config.eval_every == 0 or epoch == config.epochs:
                 found = metrics(rank(state.params, valid_data, 0))
                 progress.valid = found[SELECTION]
@@ -239,6 +242,7 @@ def fit_sweep(
     test, last = metrics(best_ranks), metrics(rank(state.params, test_data, 1))
     log("test", progress.best_epoch, test, progress.seconds)
     log("last_test", progress.epoch, last, progress.seconds)
+    kinds = {"popularity": target_popularity(split), "lengths": history_lengths(split)}
     results = []
     for i, (label, one) in enumerate(configs.items()):
         part = slice(i * len(seeds), (i + 1) * len(seeds))
@@ -248,8 +252,7 @@ def fit_sweep(
             folder / label / "ranks.npz",
             seeds=seeds,
             users=parts[1].users,
-            popularity=target_popularity(split),
-            lengths=history_lengths(split),
+            **kinds,
             **ranks,
         )
         best, newest = ({k: v[part] for k, v in found.items()} for found in (test, last))
@@ -307,10 +310,14 @@ def _claim(
             "data": {"name": dataset.name, "source": source} | counts,
             "checkpoints": os.path.relpath(folder, folder / label),
             "first": place * len(seeds),  # of the checkpoint's runs
+            "together": len(configs) * len(seeds),
         }
         for place, (label, config) in enumerate(configs.items())
     }
-    for path in filter(Path.exists, wanted):
+    held = [path for path in wanted if path.exists()]
+    if len(held) < len(wanted) and (folder / CHECKPOINTS).exists():
+        raise ValueError(f"`folder` {folder} holds checkpoints of other settings.")
+    for path in held:
         if not resume:
             raise ValueError(
                 f"`folder` {path.parent} holds a run; resume it or choose another."
@@ -370,7 +377,7 @@ def _check_finite(losses: np.ndarray, runs: list[tuple[str, int]], epoch: int) -
 def _checkpoints(folder: Path) -> ocp.CheckpointManager:
     # Not in the background: a kill must lose no more than the epoch under way.
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+    return ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), options=options)
 
 
 def _save(manager: Any, epoch: int, state: TrainState, progress: Progress) -> None:

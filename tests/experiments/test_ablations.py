@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +14,9 @@ from experiments.dataset import leave_one_out
 from experiments.records import read
 from experiments.run import fit, fit_sweep, load_run
 from experiments.synthetic import synthetic
+from sevo_jax import item_graph, smooth
+from tests.experiments.test_run import final_state
+from tests.models.toys import assert_same_tree
 
 TINY = Config(dim=4, num_blocks=1, max_length=10, batch_size=64, epochs=2, eval_every=1)
 
@@ -39,6 +41,12 @@ def sweep(split, arms, tmp_path_factory):
     return folder, fit_sweep(arms, split, [3, 4], folder)
 
 
+def final_tables(folder, params="params"):
+    """The item table of every run in a folder's newest checkpoint, `[runs, rows * dim]`."""
+    held = final_state(folder)[f"['{params}']['item_embedding']['embedding']"]
+    return np.frombuffer(held, np.float32).reshape(-1, 61 * TINY.dim)
+
+
 @pytest.mark.parametrize("label", ["beta", "plain"])
 def test_a_sweep_equals_runs_one_by_one(label, split, arms, sweep, tmp_path):
     folder, results = sweep
@@ -46,13 +54,16 @@ def test_a_sweep_equals_runs_one_by_one(label, split, arms, sweep, tmp_path):
     together = results[list(arms).index(label)]
     for name, values in alone.test.items():
         np.testing.assert_allclose(values, together.test[name][1:], rtol=0, atol=0.02)
-    one, _, config = load_run(tmp_path / "alone", 4)
-    other, _, same = load_run(folder / label, 4)
-    assert config == same == arms[label]
-    if alone.best_epoch[0] == together.best_epoch[1]:
-        np.testing.assert_allclose(
-            one.item_embedding.embedding[...], other.item_embedding.embedding[...], atol=1e-5
-        )
+    (table,), tables = (final_tables(path) for path in (tmp_path / "alone", folder))
+    place = 2 * list(arms).index(label) + 1  # two seeds for each
+    np.testing.assert_allclose(table, tables[place], rtol=0, atol=1e-6)
+    module, _, config = load_run(folder / label, 4)
+    assert config == arms[label]
+    best = final_tables(folder, "best_params")[place]
+    np.testing.assert_array_equal(module.item_embedding.embedding[...].ravel(), best)
+    # Far below what the settings make of the same seed.
+    others = [np.abs(tables[i] - tables[place]).max() for i in (1, 3, 5) if i != place]
+    assert min(others) > 1e-4
     losses = [
         [
             r["loss"]
@@ -71,6 +82,18 @@ def test_a_sweep_resumes(split, arms, sweep):
         np.testing.assert_array_equal(first.test["NDCG@10"], second.test["NDCG@10"])
     with pytest.raises(ValueError, match="holds a run"):
         fit_sweep(arms, split, [3, 4], folder)
+
+
+def test_a_sweep_never_goes_on_from_other_settings(split, arms, sweep):
+    """Neither for arms that its checkpoint lacks, nor for fewer than it holds."""
+    folder, _ = sweep
+    for other in ({"new": replace(TINY, beta=0.1)}, {**arms, "new": replace(TINY, beta=0.1)}):
+        for resume in (False, True):
+            with pytest.raises(ValueError, match="holds checkpoints of other settings"):
+                fit_sweep(other, split, [3, 4], folder, resume=resume)
+    with pytest.raises(ValueError, match="holds a run with other settings: .*together"):
+        fit_sweep({"paper": TINY}, split, [3, 4], folder, resume=True)
+    assert not (folder / "new").exists()
 
 
 def test_a_sweep_varies_traced_settings_alone(split, arms, tmp_path):
@@ -104,38 +127,33 @@ def test_ablations_are_valid_and_share_programs(name):
 
 
 def test_switching_placement():
-    """First the gradient's, then the update's; one table of four rows."""
-    from sevo_jax import item_graph
-
+    """Two steps on smoothed gradients, then two with a smoothed direction; one Adam for all."""
     graph = item_graph([[0, 1, 2, 3]], 4)
     params = {"item_embedding": {"embedding": jnp.ones((4, 2))}}
     rng = np.random.default_rng(0)
-    gradients = [
-        {"item_embedding": {"embedding": jnp.asarray(rng.normal(size=(4, 2)), jnp.float32)}}
-        for _ in range(4)
-    ]
+    gradients = jnp.asarray(rng.normal(size=(4, 4, 2)), jnp.float32)
 
-    def first_updates(placement, num):
-        config = replace(TINY, placement=placement, epochs=2, switch_at=0.5)
-        optimizer = make_optimizer(config, graph, steps_per_epoch=2)
-        state = optimizer.init(params)
-        found = []
-        for gradient in gradients[:num]:
-            updates, state = jax.jit(optimizer.update)(gradient, state, params)
-            found.append(updates["item_embedding"]["embedding"])
-        return np.stack(found)
+    def tree(table):
+        return {"item_embedding": {"embedding": table}}
 
-    switched = first_updates("switch", 4)
-    np.testing.assert_allclose(switched[:2], first_updates("gradient", 2), atol=1e-7)
-    # Adam's moments come from smoothed gradients, so compare the smoothing alone: the later
-    # updates lie in the image of psi, whose inverse gives back entries of Adam's size.
-    assert np.abs(switched[2:] - first_updates("gradient", 4)[2:]).max() > 1e-5
+    settings = replace(TINY, beta=0.9, epochs=2)
+    switched = make_optimizer(
+        replace(settings, placement="switch", switch_at=0.5), graph, steps_per_epoch=2
+    )
+    # At beta 0 nothing is smoothed; the states of both are alike.
+    plain, smoothed = (make_optimizer(replace(settings, beta=b), graph) for b in (0.0, 0.9))
+    state, expected_state = switched.init(params), plain.init(params)
+    for step, gradient in enumerate(gradients):
+        updates, state = switched.update(tree(gradient), state, params)
+        if step < 2:
+            gradient = smooth(graph, gradient, beta=0.9)
+        reference = plain if step < 2 else smoothed
+        expected, expected_state = reference.update(tree(gradient), expected_state, params)
+        assert_same_tree(updates, expected, 1e-8)
 
 
 def test_the_command(tmp_path, capsys):
-    from tests.experiments.test_run import synthetic as data  # same generator, written as CSV
-
-    found = data(num_users=80, num_items=60, num_communities=3)
+    found = synthetic(num_users=80, num_items=60, num_communities=3)
     users = np.repeat(np.arange(found.num_users), np.diff(found.row_splits))
     path = tmp_path / "log.csv"
     times = np.arange(len(users))

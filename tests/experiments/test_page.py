@@ -161,7 +161,9 @@ def test_page_is_sound_html_of_its_own(page):
     assert all(a.get("scope") in ("col", "row") for tag, a in outline.tags if tag == "th")
     count = [sum(tag == name for tag, _ in outline.tags) for name in ("table", "caption")]
     assert count[0] == count[1] > 6
-    assert all(a.get("aria-label") for tag, a in outline.tags if tag == "svg")
+    labels = [a.get("aria-label") for tag, a in outline.tags if tag == "svg"]
+    assert all(label and label.endswith("over epochs") for label in labels)
+    assert len(set(labels)) == len(labels) > 1
 
 
 def test_page_says_what_the_records_say(page):

@@ -333,6 +333,14 @@ def test_config_rejects_what_it_does_not_know():
         Config(optimizer="adamax")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='`placement` "gradient" needs an optimizer with SEvo'):
         Config(optimizer="adamw", placement="gradient")
+    with pytest.raises(ValueError, match="`loss` of bert4rec must be 'cross_entropy'"):
+        preset("bert4rec", "amazon_beauty", "adam", loss="bce")
+    with pytest.raises(ValueError, match="`windows` of mf must be 'users'"):
+        preset("mf", "amazon_beauty", "adam", windows="last")
+    with pytest.raises(ValueError, match="`windows` of sasrec must be last, prefixes"):
+        Config(windows="users")
+    with pytest.raises(ValueError, match="`pvn_weight` is for stosa alone"):
+        Config(pvn_weight=0.1)
     with pytest.raises(ValueError, match="`batch_size` must be positive"):
         Config(batch_size=0)
 
