@@ -140,21 +140,32 @@ def ablate(options: Ablate, console: Console | None = None) -> dict[str, Result]
     arms, dataset, split = arms_of(options)
     out = options.out or Path("runs") / f"{dataset.name}-{options.model}-{options.name}"
     done: dict[str, Result] = {}
+    order = list(arms)
     for number, group in enumerate(programs(arms)):
+        note = {"name": options.name, "given": options.given()}
+        notes = {
+            _folder(arm): {"ablation": {**note, "arm": arm, "order": order.index(arm)}}
+            for arm in group
+        }
         with show(console, ", ".join(group), next(iter(group.values()))) as report:
             results = fit_sweep(
-                {label.replace(" ", "_"): config for label, config in group.items()},
+                {_folder(label): config for label, config in group.items()},
                 split,
                 options.seeds,
                 out / f"program_{number}",
                 source=options.data,
                 resume=options.resume,
                 report=report,
+                notes=notes,
             )
         done |= zip(group, results, strict=True)
     console.print(_table(options.name, {label: done[label] for label in arms}))
     console.print(f"records, ranks and checkpoints are in {out}")
     return done
+
+
+def _folder(arm: str) -> str:
+    return arm.replace(" ", "_")
 
 
 def _table(name: str, results: dict[str, Result]) -> Table:

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.config import PRESETS, Config, Optimizer, preset
 from experiments.per_user import UserRanks, align, combine, per_user, read_ranks
-from experiments.report import SEEDS, Records, config_of, data_of, name_of, sort_key
+from experiments.report import SEEDS
 from experiments.statistics import (
     SeedTest,
     UserTest,
@@ -19,6 +19,7 @@ from experiments.statistics import (
     paired_bootstrap,
     paired_t,
 )
+from experiments.tables import Records, config_of, data_of, name_of, sort_key
 
 _RATES = {"learning_rate", "weight_decay", "b1", "b2", "eps", "momentum"}
 _SEVO = {"placement", "beta", "num_layers", "method", "rescale", "correct_moments"}

@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # no display on a server
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.report import Records, by_epoch
+from experiments.tables import Records, by_epoch
 
 _INK = "#010203"  # stands for the page's own text colour
 _STYLE: Any = {

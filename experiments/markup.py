@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from html import escape
 
-from experiments.report import Table
+from experiments.tables import Table
 
 
 def table_html(caption: str, table: Table, commands: list[str], none: str = "") -> str:

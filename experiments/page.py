@@ -19,10 +19,13 @@ from experiments.figures import curves
 from experiments.markup import made_by, table_html
 from experiments.per_user import bucket_metrics
 from experiments.published import CURVES, published
-from experiments.report import (
-    SEEDS,
+from experiments.report import SEEDS, tested
+from experiments.statistics import relative_gain
+from experiments.tables import (
     Records,
     Table,
+    ablation_of,
+    ablation_table,
     command_of,
     config_of,
     curves_table,
@@ -30,11 +33,9 @@ from experiments.report import (
     name_of,
     overrides,
     sort_key,
-    tested,
     tests_table,
     train_command,
 )
-from experiments.statistics import relative_gain
 
 METRIC = "NDCG@10"
 MAX_CURVES = 8  # in one figure; more cannot be told apart
@@ -73,16 +74,24 @@ def render(found: Iterable[tuple[Path, Records]], command: str) -> str:
       command: what made the page, to be shown on it.
     """
     found = sorted(found, key=lambda pair: sort_key(pair[1]))
-    runs = gather(found)
+    presets = [pair for pair in found if not ablation_of(pair[1])]
+    runs = gather(presets)
     sections, contents, pairs = [], [("gains", "Gains")], []
-    for (data, model), group in groupby(found, key=lambda pair: _place(pair[1])):
+    for (data, model), group in groupby(presets, key=lambda pair: _place(pair[1])):
         members = [run for run in runs if (run.data, run.config.model) == (data, model)]
         compared = compare(members, METRIC)
         pairs += compared
-        title, anchor = f"{model} on {data}", re.sub(r"\W+", "-", f"{data}-{model}")
+        title, anchor = f"{model} on {data}", _anchor(f"{data}-{model}")
         contents.append((anchor, title))
         records = [records for _, records in group]
         sections.append(_section(title, anchor, records, members, compared, command))
+    arms = [pair for pair in found if ablation_of(pair[1])]
+    for (*place, name), group in groupby(
+        arms, key=lambda p: (*_place(p[1]), ablation_of(p[1]))
+    ):
+        title = f"{name}: {place[1]} on {place[0]}"
+        contents.append((_anchor(title), title))
+        sections.append(_ablation(title, list(group), command))
     contents.append(("missing", "Not run yet"))
     parts = [_gains(pairs, command), *sections, _missing(missing(runs), command)]
     links = "".join(f'<li><a href="#{a}">{escape(t)}</a></li>' for a, t in contents)
@@ -153,6 +162,26 @@ def _section(
         "</section>",
     ]
     return "\n".join(parts)
+
+
+def _ablation(title: str, arms: list[tuple[Path, Records]], command: str) -> str:
+    """The arms of an ablation: tests, curves, and buckets where the ranks are at hand."""
+    records = [run for _, run in arms]
+    made = sorted({command_of(run) for run in records})
+    # One at a time: what they differ in may be more than the optimizer.
+    runs = [run for pair in arms for run in gather([pair])]
+    parts = [
+        f'<section id="{_anchor(title)}"><h2>{escape(title)}</h2>',
+        table_html("Test metrics of the arms", ablation_table(records), made),
+        _figures(title, records, command),
+        _buckets(runs, command),
+        "</section>",
+    ]
+    return "\n".join(parts)
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"\W+", "-", title)
 
 
 def _figures(title: str, runs: list[Records], command: str) -> str:

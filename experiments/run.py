@@ -157,6 +157,7 @@ def fit_sweep(
     source: str = "",
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Result]:
     """`fit` for several settings at once, one compilation for all of them.
 
@@ -165,6 +166,7 @@ def fit_sweep(
         is kept in the folder of its name below `folder`.
       split, seeds, folder, source, resume, report: see `fit`; `report` gets arrays
         `[len(configs) * len(seeds)]`, the seeds of a setting next to each other.
+      notes: by name, what the records of a setting's evaluations say besides.
     """
     seeds = tuple(seeds)
     if len(set(seeds)) != len(seeds) or not seeds:
@@ -196,7 +198,11 @@ def fit_sweep(
         }
         state = state._replace(opt_state=state.opt_state._replace(hyperparams=values))  # type: ignore
     logs = [
-        records.Log(folder / label, seeds, _described(one, split, seeds, source))
+        records.Log(
+            folder / label,
+            seeds,
+            _described(one, split, seeds, source) | dict((notes or {}).get(label, {})),
+        )
         for label, one in configs.items()
     ]
 

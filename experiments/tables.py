@@ -1,0 +1,197 @@
+"""Tables from the records of runs: tests, learning curves, ablations, and what made them."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from experiments.config import Config, preset
+from experiments.published import CURVES, published
+from experiments.ranking import METRICS
+
+Records = list[dict[str, Any]]
+SHOWN = [name for name in METRICS if not name.startswith("MRR")]
+
+
+class Table(NamedTuple):
+    head: list[str]
+    rows: list[list[str]]  # as many cells each as the head has
+
+
+def tests_table(runs: Iterable[Records]) -> Table:
+    """Test metrics at the best validation epoch: mean ± standard deviation over seeds."""
+    head = ["data", "model", "optimizer", "seeds", *SHOWN, "best epochs", "s/epoch", "device"]
+    rows = []
+    for run in runs:
+        tests = [r for r in run if r["kind"] == "test"]
+        config, data = config_of(run), data_of(run)
+        # Of one seed; a file may hold seeds that were trained apart.
+        together = {r["seed"]: r["num_seeds"] for r in tests}
+        epochs = [r["seconds"] / together[r["seed"]] for r in run if r["kind"] == "epoch"]
+        rows.append(
+            [
+                data,
+                config.model,
+                name_of(run),
+                str(len(tests)),
+                *(_mean(r[name] for r in tests) for name in SHOWN),
+                " ".join(str(r["epoch"]) for r in tests),
+                f"{statistics.median(epochs):.2f}" if epochs else "",
+                f"{tests[0]['device']}, {tests[0]['cores']} core(s)",
+            ]
+        )
+        if known := published(config, data):
+            cells = [f"{m:.4f}" + (f" ± {s:.4f}" if s else "") for m, s in known.values()]
+            rows.append(
+                [data, config.model, f"*published {config.label}*", "5", *cells, "", "", ""]
+            )
+    return Table(head, rows)
+
+
+def curves_table(runs: Iterable[Records]) -> Table:
+    """Training loss and validation NDCG@10 along the way, beside the official five seeds."""
+    head = [
+        "data",
+        "model",
+        "optimizer",
+        "epoch",
+        "loss",
+        "official",
+        "valid NDCG@10",
+        "official",
+    ]
+    rows = []
+    for run in runs:
+        config, data = config_of(run), data_of(run)
+        official = CURVES.get((config.model, data), {}) if published(config, data) else {}
+        if config.optimizer != "sevo_adamw":
+            official = {}
+        losses, valid = by_epoch(run, "epoch", "loss"), by_epoch(run, "valid", "NDCG@10")
+        for epoch in (1, 5, 10, 20, 40, 100, 200, 300, 500, 1000):
+            if epoch not in losses:
+                continue
+            loss, low, high = official.get(epoch, (None, None, None))
+            rows.append(
+                [
+                    data,
+                    config.model,
+                    name_of(run),
+                    str(epoch),
+                    _mean(losses[epoch]),
+                    f"{loss:.3f}" if loss else "",
+                    _mean(valid[epoch]) if epoch in valid else "",
+                    f"{low:.4f} to {high:.4f}" if low else "",
+                ]
+            )
+    return Table(head, rows)
+
+
+def ablation_table(runs: Iterable[Records]) -> Table:
+    """The arms of one ablation at the best validation epoch; gains are over the first arm."""
+    head = ["arm", "seeds", *SHOWN, "NDCG@10 gain", "best epochs"]
+    rows, base = [], 0.0
+    for run in sorted(runs, key=sort_key):
+        tests = [r for r in run if r["kind"] == "test"]
+        score = statistics.mean(r["NDCG@10"] for r in tests)
+        base = base or score
+        metrics = [_mean(r[name] for r in tests) for name in SHOWN]
+        epochs = " ".join(str(r["epoch"]) for r in tests)
+        gain = f"{100 * (score / base - 1):+.1f} %" if base else ""
+        rows.append([name_of(run), str(len(tests)), *metrics, gain, epochs])
+    return Table(head, rows)
+
+
+def commands(runs: Iterable[Records]) -> str:
+    """What to type to get each row again, and how long it took."""
+    lines = ["Each row is one command; seconds are of the whole run, all seeds.", ""]
+    for run in runs:
+        test = next(r for r in run if r["kind"] == "test")
+        versions = ", ".join(f"{k} {v}" for k, v in test["versions"].items())
+        lines.append(f"- `{command_of(run)}` ({test['seconds']:,.0f} s; {versions})")
+    return "\n".join(lines)
+
+
+def command_of(run: Records) -> str:
+    """What to type to get a run again, or the ablation that it is an arm of."""
+    seeds = [r["seed"] for r in run if r["kind"] == "test"]
+    if not (arm := _arm(run)):
+        return train_command(config_of(run), data_of(run), seeds)
+    parts = [f"python -m experiments ablate {arm['name']}", f"--data {data_of(run)}"]
+    parts += [f"--model {config_of(run).model}", f"--seeds {' '.join(map(str, seeds))}"]
+    return " ".join(parts + _options(arm["given"]))
+
+
+def train_command(config: Config, data: str, seeds: Iterable[int]) -> str:
+    """The `train` command of a configuration, with the options that the preset lacks."""
+    parts = [
+        "python -m experiments train",
+        f"--data {data}",
+        f"--model {config.model}",
+        f"--optimizers {config.optimizer}",
+        f"--seeds {' '.join(map(str, seeds))}",
+    ]
+    return " ".join(parts + _options(overrides(config, data)))
+
+
+def _options(settings: dict[str, Any]) -> list[str]:
+    return [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
+
+
+def overrides(config: Config, data: str) -> dict[str, Any]:
+    """The settings in which a configuration is not the preset's."""
+    usual = preset(config.model, data, config.optimizer)
+    return {k: v for k, v in vars(config).items() if v != getattr(usual, k)}
+
+
+def name_of(run: Records) -> str:
+    """The optimizer's label and what is not as in the preset: `sevo_adamw, beta 0.5`.
+
+    Of an ablation's arm, the name that it has there.
+    """
+    if arm := _arm(run):
+        return arm["arm"]
+    config = config_of(run)
+    changed = overrides(config, data_of(run))
+    changed.pop("placement", None)  # part of the label
+    return ", ".join([config.label, *(f"{k} {v}" for k, v in changed.items())])
+
+
+def _arm(run: Records) -> dict[str, Any]:
+    return next((r["ablation"] for r in run if "ablation" in r), {})
+
+
+def ablation_of(run: Records) -> str:
+    """The name of the ablation that a run is an arm of, or an empty string."""
+    return _arm(run).get("name", "")
+
+
+def config_of(run: Records) -> Config:
+    """The settings of a run."""
+    return Config(**next(r["config"] for r in run if "config" in r))
+
+
+def data_of(run: Records) -> str:
+    """The name of a run's dataset."""
+    return next(r["data"]["name"] for r in run if "data" in r)
+
+
+def sort_key(run: Records) -> tuple[str, str, str, int, bool, str]:
+    """Orders runs by dataset and model, those without SEvo first; then ablations by arm."""
+    config, order = config_of(run), _arm(run).get("order", 0)
+    sevo = config.optimizer.startswith("sevo_")
+    return data_of(run), config.model, ablation_of(run), order, sevo, name_of(run)
+
+
+def by_epoch(run: Records, kind: str, name: str) -> dict[int, list[float]]:
+    """The values that a run's records of a kind have at each epoch, one for each seed."""
+    found = defaultdict(list)
+    for record in run:
+        if record["kind"] == kind:
+            found[record["epoch"]].append(record[name])
+    return found
+
+
+def _mean(values: Iterable[float]) -> str:
+    values = list(values)
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
