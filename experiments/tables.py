@@ -161,8 +161,10 @@ def _arm(run: Records) -> dict[str, Any]:
 
 
 def ablation_of(run: Records) -> str:
-    """The name of the ablation that a run is an arm of, or an empty string."""
-    return _arm(run).get("name", "")
+    """The ablation that a run is an arm of, with what was given: `layers, epochs 40`."""
+    if not (arm := _arm(run)):
+        return ""
+    return ", ".join([arm["name"], *(f"{k} {v}" for k, v in arm["given"].items())])
 
 
 def config_of(run: Records) -> Config:
