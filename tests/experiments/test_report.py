@@ -84,3 +84,33 @@ def test_what_is_missing_is_said(runs, tmp_path):
 def test_report_command(runs, tmp_path, capsys):
     cli.main(["report", "--runs", str(runs), "--page", str(tmp_path / "R.md")])
     assert "tables of 1 runs" in capsys.readouterr().out
+
+
+def test_arms_of_an_ablation_have_a_table_of_their_own(runs, tmp_path):
+    path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    # In the order of the ablation, not of the names.
+    for order, (arm, factor) in enumerate({"wide": 1.0, "narrow": 1.5}.items()):
+        note = {"name": "graph", "arm": arm, "order": order, "given": {"epochs": 2}}
+        folder = runs / "beauty-sasrec-graph" / "program_0" / arm
+        folder.mkdir(parents=True)
+        with (folder / "records.jsonl").open("w") as file:
+            for record in records:
+                if "config" in record:
+                    score = {"NDCG@10": factor * record["NDCG@10"]}
+                    record = record | score | {"ablation": note}
+                file.write(json.dumps(record) + "\n")
+    pages = [tmp_path / "a.md", tmp_path / "b.md"]
+    assert write_report([runs], pages[0]) == 3
+    main, _, ablation = pages[0].read_text().partition("### graph, epochs 2: sasrec on ")
+    assert "| sevo_adamw, beta 0.5 | 2 |" in main and "wide" not in main
+    rows = [line.split("|")[1:-1] for line in ablation.splitlines() if line.startswith("|")]
+    first, second = ([cell.strip() for cell in row] for row in rows[2:])
+    assert (first[0], first[6], first[7]) == ("wide", "0.0400 ± 0.0141", "+0.0 %")
+    assert (second[0], second[6], second[7]) == ("narrow", "0.0600 ± 0.0212", "+50.0 %")
+    command = "python -m experiments ablate graph --data amazon_beauty --model sasrec"
+    assert ablation.count(f"`{command} --seeds 0 1 --epochs 2`") == 1
+    keep([runs], tmp_path / "results")
+    assert (tmp_path / "results" / "beauty-sasrec-graph" / "narrow.jsonl").exists()
+    write_report([tmp_path / "results"], pages[1])
+    assert pages[0].read_text() == pages[1].read_text()
