@@ -140,13 +140,12 @@ def ablate(options: Ablate, console: Console | None = None) -> dict[str, Result]
     arms, dataset, split = arms_of(options)
     out = options.out or Path("runs") / f"{dataset.name}-{options.model}-{options.name}"
     done: dict[str, Result] = {}
-    order = list(arms)
+    asked = {"name": options.name, "given": options.given(), "arms": list(options.arms)}
+    notes = {
+        _folder(arm): {"ablation": {**asked, "arm": arm, "order": order}}
+        for order, arm in enumerate(arms)
+    }
     for number, group in enumerate(programs(arms)):
-        note = {"name": options.name, "given": options.given()}
-        notes = {
-            _folder(arm): {"ablation": {**note, "arm": arm, "order": order.index(arm)}}
-            for arm in group
-        }
         with show(console, ", ".join(group), next(iter(group.values()))) as report:
             results = fit_sweep(
                 {_folder(label): config for label, config in group.items()},

@@ -20,7 +20,6 @@ from experiments.markup import made_by, table_html
 from experiments.per_user import bucket_metrics
 from experiments.published import CURVES, published
 from experiments.report import SEEDS, tested
-from experiments.statistics import relative_gain
 from experiments.tables import (
     Records,
     Table,
@@ -30,8 +29,10 @@ from experiments.tables import (
     config_of,
     curves_table,
     data_of,
+    gain,
     name_of,
     overrides,
+    place_of,
     sort_key,
     tests_table,
     train_command,
@@ -77,7 +78,7 @@ def render(found: Iterable[tuple[Path, Records]], command: str) -> str:
     presets = [pair for pair in found if not ablation_of(pair[1])]
     runs = gather(presets)
     sections, contents, pairs = [], [("gains", "Gains")], []
-    for (data, model), group in groupby(presets, key=lambda pair: _place(pair[1])):
+    for (data, model, _), group in groupby(presets, key=lambda pair: place_of(pair[1])):
         members = [run for run in runs if (run.data, run.config.model) == (data, model)]
         compared = compare(members, METRIC)
         pairs += compared
@@ -86,10 +87,8 @@ def render(found: Iterable[tuple[Path, Records]], command: str) -> str:
         records = [records for _, records in group]
         sections.append(_section(title, anchor, records, members, compared, command))
     arms = [pair for pair in found if ablation_of(pair[1])]
-    for (*place, name), group in groupby(
-        arms, key=lambda p: (*_place(p[1]), ablation_of(p[1]))
-    ):
-        title = f"{name}: {place[1]} on {place[0]}"
+    for (data, model, name), group in groupby(arms, key=lambda pair: place_of(pair[1])):
+        title = f"{name}: {model} on {data}"
         contents.append((_anchor(title), title))
         sections.append(_ablation(title, list(group), command))
     contents.append(("missing", "Not run yet"))
@@ -114,7 +113,7 @@ def _gains(pairs: Iterable[Comparison], command: str) -> str:
             continue
         first, second = pair.first, pair.second
         known = [published(run.config, run.data) for run in (first, second)]
-        claimed = known[0] and known[1] and _gain(known[0][METRIC][0], known[1][METRIC][0])
+        claimed = known[0] and known[1] and gain(known[0][METRIC][0], known[1][METRIC][0])
         rows.append(
             [
                 first.data,
@@ -123,7 +122,7 @@ def _gains(pairs: Iterable[Comparison], command: str) -> str:
                 second.name,
                 pair.baseline,
                 str(len(pair.seeds)),
-                _gain(*pair.means),
+                gain(*pair.means),
                 claimed or "",
                 f"{pair.over_seeds.effect:.2f}" if pair.over_seeds else "",
                 _p(pair.holm),
@@ -214,7 +213,7 @@ def _comparisons(pairs: Sequence[Comparison], command: str) -> str:
     for pair in pairs:
         names = [pair.first.name, pair.second.name]
         means = [f"{mean:.4f}" for mean in pair.means]
-        row = [*names, str(len(pair.seeds)), *means, _gain(*pair.means)]
+        row = [*names, str(len(pair.seeds)), *means, gain(*pair.means)]
         if test := pair.over_seeds:
             row += [_interval(test.difference, test.low, test.high), f"{test.effect:.2f}"]
             row += [_p(test.p), _p(pair.holm), _p(pair.fdr), _p(test.p_exact)]
@@ -290,17 +289,9 @@ runs.</p>
 {table_html("Presets that lack seeds", Table(head, rows), [command], none)}</section>"""
 
 
-def _place(run: Records) -> tuple[str, str]:
-    return data_of(run), config_of(run).model
-
-
 def _without_place(table: Table) -> Table:
     """Without the columns of data and model, which a section's title says."""
     return Table(table.head[2:], [row[2:] for row in table.rows])
-
-
-def _gain(value: float, baseline: float) -> str:
-    return f"{100 * relative_gain(value, baseline):+.1f} %" if baseline else ""
 
 
 def _interval(difference: float, low: float, high: float) -> str:

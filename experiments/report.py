@@ -18,11 +18,11 @@ from experiments.tables import (
     ablation_table,
     command_of,
     commands,
-    config_of,
     curves_table,
-    data_of,
+    place_of,
     sort_key,
     tests_table,
+    versions_of,
 )
 
 BEGIN, END = "<!-- generated: tables -->", "<!-- end of the generated part -->"
@@ -61,14 +61,13 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
 
 def ablations(runs: Sequence[Records]) -> Iterator[str]:
     """A heading, a table and the command of each ablation among `runs`, which are sorted."""
-    ours = [run for run in runs if ablation_of(run)]
-    kind = lambda run: (data_of(run), config_of(run).model, ablation_of(run))  # noqa: E731
-    for (data, model, name), group in groupby(ours, key=kind):
+    for (data, model, name), group in groupby(filter(ablation_of, runs), key=place_of):
         arms = list(group)
         yield f"### {name}: {model} on {data}"
         yield _markdown(ablation_table(arms))
-        made = sorted({command_of(arm) for arm in arms})
-        yield "\n".join(f"- `{command}`" for command in made)
+        # Not the seconds: arms that were compiled together share theirs.
+        made = sorted({f"- `{command_of(arm)}` ({versions_of(arm)})" for arm in arms})
+        yield "\n".join(made)
 
 
 def keep(folders: Iterable[str | Path], into: str | Path) -> None:
@@ -79,10 +78,9 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
     does an arm of an ablation.
     """
     for path, run in tested(folders):
-        place = path.parent.parent
-        # The arms of an ablation that were compiled together share a folder.
-        place = place.parent if place.name.startswith("program_") else place
-        target = Path(into) / place.name / f"{path.parent.name}.jsonl"
+        # An arm of an ablation lies one folder deeper, in that of its compiled program.
+        place = path.parents[2 if ablation_of(run) else 1].name
+        target = Path(into) / place / f"{path.parent.name}.jsonl"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         records.append(target, filter(None, map(_thin, run)))

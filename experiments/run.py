@@ -157,7 +157,7 @@ def fit_sweep(
     source: str = "",
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
-    notes: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: Mapping[str, dict[str, Any]] | None = None,
 ) -> list[Result]:
     """`fit` for several settings at once, one compilation for all of them.
 
@@ -201,7 +201,7 @@ def fit_sweep(
         records.Log(
             folder / label,
             seeds,
-            _described(one, split, seeds, source) | dict((notes or {}).get(label, {})),
+            _described(one, split, seeds, source) | (notes or {}).get(label, {}),
         )
         for label, one in configs.items()
     ]

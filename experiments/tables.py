@@ -1,13 +1,15 @@
 """Tables from the records of runs: tests, learning curves, ablations, and what made them."""
 
+import shlex
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from experiments.config import Config, preset
 from experiments.published import CURVES, published
 from experiments.ranking import METRICS
+from experiments.statistics import relative_gain
 
 Records = list[dict[str, Any]]
 SHOWN = [name for name in METRICS if not name.startswith("MRR")]
@@ -23,29 +25,33 @@ def tests_table(runs: Iterable[Records]) -> Table:
     head = ["data", "model", "optimizer", "seeds", *SHOWN, "best epochs", "s/epoch", "device"]
     rows = []
     for run in runs:
-        tests = [r for r in run if r["kind"] == "test"]
         config, data = config_of(run), data_of(run)
-        # Of one seed; a file may hold seeds that were trained apart.
-        together = {r["seed"]: r["num_seeds"] for r in tests}
-        epochs = [r["seconds"] / together[r["seed"]] for r in run if r["kind"] == "epoch"]
-        rows.append(
-            [
-                data,
-                config.model,
-                name_of(run),
-                str(len(tests)),
-                *(_mean(r[name] for r in tests) for name in SHOWN),
-                " ".join(str(r["epoch"]) for r in tests),
-                f"{statistics.median(epochs):.2f}" if epochs else "",
-                f"{tests[0]['device']}, {tests[0]['cores']} core(s)",
-            ]
-        )
+        rows.append([data, config.model, name_of(run), *_scores(run), *_conditions(run)])
         if known := published(config, data):
             cells = [f"{m:.4f}" + (f" ± {s:.4f}" if s else "") for m, s in known.values()]
             rows.append(
                 [data, config.model, f"*published {config.label}*", "5", *cells, "", "", ""]
             )
     return Table(head, rows)
+
+
+def _scores(run: Records) -> list[str]:
+    """The number of seeds, and the metrics of their tests."""
+    tests = [r for r in run if r["kind"] == "test"]
+    return [str(len(tests)), *(_mean(r[name] for r in tests) for name in SHOWN)]
+
+
+def _conditions(run: Records) -> list[str]:
+    """Best epochs, seconds of an epoch and the device."""
+    tests = [r for r in run if r["kind"] == "test"]
+    # Of one seed; a file may hold seeds that were trained apart.
+    together = {r["seed"]: r["num_seeds"] for r in tests}
+    epochs = [r["seconds"] / together[r["seed"]] for r in run if r["kind"] == "epoch"]
+    return [
+        " ".join(str(r["epoch"]) for r in tests),
+        f"{statistics.median(epochs):.2f}" if epochs else "",
+        f"{tests[0]['device']}, {tests[0]['cores']} core(s)",
+    ]
 
 
 def curves_table(runs: Iterable[Records]) -> Table:
@@ -86,19 +92,20 @@ def curves_table(runs: Iterable[Records]) -> Table:
     return Table(head, rows)
 
 
-def ablation_table(runs: Iterable[Records]) -> Table:
+def ablation_table(runs: Sequence[Records]) -> Table:
     """The arms of one ablation at the best validation epoch; gains are over the first arm."""
-    head = ["arm", "seeds", *SHOWN, "NDCG@10 gain", "best epochs"]
-    rows, base = [], 0.0
-    for run in sorted(runs, key=sort_key):
-        tests = [r for r in run if r["kind"] == "test"]
-        score = statistics.mean(r["NDCG@10"] for r in tests)
-        base = base or score
-        metrics = [_mean(r[name] for r in tests) for name in SHOWN]
-        epochs = " ".join(str(r["epoch"]) for r in tests)
-        gain = f"{100 * (score / base - 1):+.1f} %" if base else ""
-        rows.append([name_of(run), str(len(tests)), *metrics, gain, epochs])
+    head = ["arm", "seeds", *SHOWN, "NDCG@10 gain", "best epochs", "s/epoch", "device"]
+    means = [statistics.mean(r["NDCG@10"] for r in run if r["kind"] == "test") for run in runs]
+    rows = [
+        [name_of(run), *_scores(run), gain(mean, means[0]), *_conditions(run)]
+        for run, mean in zip(runs, means, strict=True)
+    ]
     return Table(head, rows)
+
+
+def gain(value: float, baseline: float) -> str:
+    """The relative gain in per cent; nothing over a baseline of zero."""
+    return f"{100 * relative_gain(value, baseline):+.1f} %" if baseline else ""
 
 
 def commands(runs: Iterable[Records]) -> str:
@@ -106,9 +113,15 @@ def commands(runs: Iterable[Records]) -> str:
     lines = ["Each row is one command; seconds are of the whole run, all seeds.", ""]
     for run in runs:
         test = next(r for r in run if r["kind"] == "test")
-        versions = ", ".join(f"{k} {v}" for k, v in test["versions"].items())
-        lines.append(f"- `{command_of(run)}` ({test['seconds']:,.0f} s; {versions})")
+        took = f"{test['seconds']:,.0f} s; {versions_of(run)}"
+        lines.append(f"- `{command_of(run)}` ({took})")
     return "\n".join(lines)
+
+
+def versions_of(run: Records) -> str:
+    """Python's version and those of the packages that a run was made with."""
+    versions = next(r["versions"] for r in run if "versions" in r)
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def command_of(run: Records) -> str:
@@ -118,7 +131,8 @@ def command_of(run: Records) -> str:
         return train_command(config_of(run), data_of(run), seeds)
     parts = [f"python -m experiments ablate {arm['name']}", f"--data {data_of(run)}"]
     parts += [f"--model {config_of(run).model}", f"--seeds {' '.join(map(str, seeds))}"]
-    return " ".join(parts + _options(arm["given"]))
+    chosen = [f"--arms {shlex.join(arm['arms'])}"] if arm["arms"] else []
+    return " ".join(parts + _options(arm["given"]) + chosen)
 
 
 def train_command(config: Config, data: str, seeds: Iterable[int]) -> str:
@@ -177,11 +191,15 @@ def data_of(run: Records) -> str:
     return next(r["data"]["name"] for r in run if "data" in r)
 
 
-def sort_key(run: Records) -> tuple[str, str, str, int, bool, str]:
+def place_of(run: Records) -> tuple[str, str, str]:
+    """The dataset, the model and the ablation, under which a run is reported."""
+    return data_of(run), config_of(run).model, ablation_of(run)
+
+
+def sort_key(run: Records) -> tuple[tuple[str, str, str], int, bool, str]:
     """Orders runs by dataset and model, those without SEvo first; then ablations by arm."""
-    config, order = config_of(run), _arm(run).get("order", 0)
-    sevo = config.optimizer.startswith("sevo_")
-    return data_of(run), config.model, ablation_of(run), order, sevo, name_of(run)
+    sevo = config_of(run).optimizer.startswith("sevo_")
+    return place_of(run), _arm(run).get("order", 0), sevo, name_of(run)
 
 
 def by_epoch(run: Records, kind: str, name: str) -> dict[int, list[float]]:

@@ -11,9 +11,10 @@ from experiments.ablations import ABLATIONS, programs
 from experiments.backbones import SWEPT, make_optimizer
 from experiments.config import Config, preset
 from experiments.dataset import leave_one_out
-from experiments.records import read
+from experiments.records import FILE, read
 from experiments.run import fit, fit_sweep, load_run
 from experiments.synthetic import synthetic
+from experiments.tables import ablation_of, command_of, name_of
 from sevo_jax import item_graph, smooth
 from tests.experiments.test_run import final_state
 from tests.models.toys import assert_same_tree
@@ -170,6 +171,12 @@ def test_the_command(tmp_path, capsys):
         "program_1/beta=0.5",
         "program_1/beta=0.9",
     }
+    run = read(tmp_path / "out" / "program_1" / "beta=0.9" / FILE)
+    assert ablation_of(run) == "beta, dim 4, epochs 1, num_blocks 1"
+    assert name_of(run) == "beta=0.9"
+    asked = "--dim 4 --epochs 1 --num-blocks 1 --arms adamw beta=0.5 beta=0.9"
+    assert command_of(run).startswith("python -m experiments ablate beta --data log ")
+    assert command_of(run).endswith(asked)
     for arguments, message in (
         (["ablate", "bets", *common], "`name` must be one of"),
         (["ablate", "beta", *common, "--arms", "beta=2"], "`arms` must be of"),

@@ -23,7 +23,7 @@ NASTY = "<script>window.bad=1</script>&\"'"
 USERS = 40
 
 
-def write_run(folder, config, scores, data="amazon_beauty", *, ranks=False):
+def write_run(folder, config, scores, data="amazon_beauty", *, ranks=False, note=None):
     """Records of one run; `scores` holds the test metric of each seed."""
     folder.mkdir(parents=True)
     lines = []
@@ -37,7 +37,7 @@ def write_run(folder, config, scores, data="amazon_beauty", *, ranks=False):
             "cores": 2,
             "num_seeds": len(scores),
             "versions": {"jax": "0.10.2"},
-        }
+        } | (note or {})
         lines += [
             {"kind": "epoch", "seed": seed, "epoch": epoch, "seconds": 1.0, "loss": 1 / epoch}
             for epoch in (1, 5, 10)
@@ -185,6 +185,28 @@ def test_thinned_records_have_no_users(runs, tmp_path):
     write_page([runs], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "it needs the ranks of every user" in text and "Paired over users" not in text
+
+
+def test_an_ablation_has_a_section_and_no_part_in_the_others(page, runs, tmp_path):
+    before = page.read_text()
+    for order, (arm, score) in enumerate({"beta=0.5": 0.2, "beta=0.1": 0.3}.items()):
+        note = {"name": "beta", "given": {}, "arms": [], "arm": arm, "order": order}
+        config = preset("sasrec", "amazon_beauty", "sevo_adamw", beta=float(arm[5:]))
+        folder = runs / "ablation" / "program_0" / arm
+        write_run(folder, config, {0: score}, ranks=True, note={"ablation": note})
+    write_page([runs], tmp_path / "with.html")
+    text = (tmp_path / "with.html").read_text()
+    anchor = re.search(r'href="#([^"]+)">beta: sasrec on amazon_beauty<', text)[1]
+    start = text.index(f'<section id="{anchor}">')
+    section = text[start : text.index("</section>", start)]
+    head = section.index("beta=0.5")
+    assert head < section.index("beta=0.1")  # in the ablation's order
+    assert "+50.0 %" in section and "python -m experiments ablate beta" in section
+    assert "beta=0.1" not in text.replace(section, "")
+    gains = r'<section id="gains">.*?</section>'
+    assert re.search(gains, text, re.S)[0] == re.search(gains, before, re.S)[0].replace(
+        "page.html", "with.html"
+    )
 
 
 def test_same_records_same_page(runs, page):

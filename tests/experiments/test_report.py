@@ -92,6 +92,7 @@ def test_arms_of_an_ablation_have_a_table_of_their_own(runs, tmp_path):
     # In the order of the ablation, not of the names.
     for order, (arm, factor) in enumerate({"wide": 1.0, "narrow": 1.5}.items()):
         note = {"name": "graph", "arm": arm, "order": order, "given": {"epochs": 2}}
+        note["arms"] = ["wide", "narrow", "not run"]
         folder = runs / "beauty-sasrec-graph" / "program_0" / arm
         folder.mkdir(parents=True)
         with (folder / "records.jsonl").open("w") as file:
@@ -109,7 +110,9 @@ def test_arms_of_an_ablation_have_a_table_of_their_own(runs, tmp_path):
     assert (first[0], first[6], first[7]) == ("wide", "0.0400 ± 0.0141", "+0.0 %")
     assert (second[0], second[6], second[7]) == ("narrow", "0.0600 ± 0.0212", "+50.0 %")
     command = "python -m experiments ablate graph --data amazon_beauty --model sasrec"
-    assert ablation.count(f"`{command} --seeds 0 1 --epochs 2`") == 1
+    assert (
+        ablation.count(f"`{command} --seeds 0 1 --epochs 2 --arms wide narrow 'not run'`") == 1
+    )
     keep([runs], tmp_path / "results")
     assert (tmp_path / "results" / "beauty-sasrec-graph" / "narrow.jsonl").exists()
     write_report([tmp_path / "results"], pages[1])
