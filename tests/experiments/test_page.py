@@ -196,7 +196,7 @@ def test_an_ablation_has_a_section_and_no_part_in_the_others(page, runs, tmp_pat
         write_run(folder, config, {0: score}, ranks=True, note={"ablation": note})
     write_page([runs], tmp_path / "with.html")
     text = (tmp_path / "with.html").read_text()
-    anchor = re.search(r'href="#([^"]+)">beta: sasrec on amazon_beauty<', text)[1]
+    (anchor,) = re.findall(r'href="#([^"]+)">beta: sasrec on amazon_beauty<', text)
     start = text.index(f'<section id="{anchor}">')
     section = text[start : text.index("</section>", start)]
     head = section.index("beta=0.5")
@@ -204,9 +204,8 @@ def test_an_ablation_has_a_section_and_no_part_in_the_others(page, runs, tmp_pat
     assert "+50.0 %" in section and "python -m experiments ablate beta" in section
     assert "beta=0.1" not in text.replace(section, "")
     gains = r'<section id="gains">.*?</section>'
-    assert re.search(gains, text, re.S)[0] == re.search(gains, before, re.S)[0].replace(
-        "page.html", "with.html"
-    )
+    (with_ablation,), (without,) = (re.findall(gains, t, re.S) for t in (text, before))
+    assert with_ablation == without.replace("page.html", "with.html")
 
 
 def test_same_records_same_page(runs, page):
