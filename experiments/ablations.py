@@ -13,6 +13,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
+from experiments import study
 from experiments.backbones import SWEPT
 from experiments.config import Config, Loss, preset
 from experiments.main_job import show, split_of, spread
@@ -63,9 +64,9 @@ def correction(make: Make) -> dict[str, Config]:
 
 
 def layers(make: Make) -> dict[str, Config]:
-    """Table 7: how far the smoothing reaches. 30 layers are far, but not the exact inverse: at
-    beta 0.99 that takes hundreds."""
-    return {f"L={num}": make("sevo_adamw", num_layers=num) for num in (0, 1, 2, 3, 4, 5, 30)}
+    """Table 7: how far the smoothing reaches; and the exact inverse, which has no limit."""
+    arms = {f"L={num}": make("sevo_adamw", num_layers=num) for num in range(6)}
+    return arms | {"exact": make("sevo_adamw", method="exact")}
 
 
 def graph(make: Make) -> dict[str, Config]:
@@ -135,8 +136,14 @@ def programs(arms: dict[str, Config]) -> list[dict[str, Config]]:
 
 
 def ablate(options: Ablate, console: Console | None = None) -> dict[str, Result]:
-    """Runs `python -m experiments ablate NAME`; returns the result of each arm."""
+    """Runs `python -m experiments ablate NAME`; returns the result of each arm.
+
+    Of a study (`experiments.study`) there are no arms: it keeps what it finds itself.
+    """
     console = console or Console(width=None if sys.stdout.isatty() else 140)
+    if options.name in study.STUDIES:
+        study.run(options, console)
+        return {}
     arms, dataset, split = arms_of(options)
     out = options.out or Path("runs") / f"{dataset.name}-{options.model}-{options.name}"
     done: dict[str, Result] = {}
@@ -181,7 +188,8 @@ def _table(name: str, results: dict[str, Result]) -> Table:
 def arms_of(options: Ablate) -> tuple[dict[str, Config], Any, Any]:
     """The settings that an ablation compares, and the data they train on."""
     if options.name not in ABLATIONS:
-        raise ValueError(f"`name` must be one of {tuple(ABLATIONS)}, got {options.name!r}.")
+        names = (*ABLATIONS, *study.STUDIES)
+        raise ValueError(f"`name` must be one of {names}, got {options.name!r}.")
     dataset, split = split_of(options)
     name = options.preset or dataset.name
 

@@ -45,7 +45,7 @@ class Config:
     momentum: float = 0.9  # sgd only
     beta: float = 0.99
     num_layers: int = 3
-    method: Literal["neumann", "iterative"] = "neumann"
+    method: Literal["neumann", "iterative", "exact"] = "neumann"
     rescale: bool = True
     correct_moments: bool = True
     isolated: Literal["scale", "identity"] = "scale"

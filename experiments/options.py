@@ -51,7 +51,7 @@ class Job:
     """Strength of the smoothing, in [0, 1)."""
     num_layers: int | None = None
     """How many hops the smoothing reaches, the paper's L."""
-    method: Literal["neumann", "iterative"] | None = None
+    method: Literal["neumann", "iterative", "exact"] | None = None
     rescale: bool | None = None
     correct_moments: bool | None = None
     isolated: Literal["scale", "identity"] | None = None
@@ -85,7 +85,7 @@ class Job:
     def given(self) -> dict[str, Any]:
         """The settings that were given."""
         names = {one.name for one in fields(Config)} & {one.name for one in fields(self)}
-        found = {name: getattr(self, name) for name in names - {"model"}}
+        found = {name: getattr(self, name) for name in sorted(names - {"model"})}
         return {name: value for name, value in found.items() if value is not None}
 
 
@@ -117,8 +117,8 @@ class Ablate(Job):
     """
 
     name: Positional[str]
-    """One of optimizer, approximation, rescale, correction, layers, graph, placement, loss,
-    beta."""
+    """An ablation: optimizer, approximation, rescale, correction, layers, graph, placement,
+    loss, beta; or a study: smoothness, theory."""
     arms: tuple[str, ...] = ()
     """Only these of the settings, by their names; all by default."""
 

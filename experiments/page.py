@@ -4,6 +4,7 @@ Everything on it is computed from records, and from the per-user ranks where a r
 holds them. The page needs nothing from outside, and JavaScript only for sorting.
 """
 
+import base64
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -11,9 +12,11 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import numpy as np
 
+from experiments import study
 from experiments.comparisons import Comparison, Missing, Run, compare, gather, missing
 from experiments.figures import curves
 from experiments.markup import made_by, table_html
@@ -58,21 +61,26 @@ def write_page(folders: Sequence[str | Path], page: str | Path) -> None:
     Raises:
       ValueError: there is no tested run.
     """
-    found = list(tested(folders))
-    if not found:
+    found, studies = list(tested(folders)), list(study.read(folders))
+    if not found and not studies:
         raise ValueError(f"`folders` {[str(f) for f in folders]} hold no tested run.")
     runs = shlex.join(["--runs", *map(str, folders)])
     command = f"python -m experiments report {runs} --html {shlex.quote(str(page))}"
     Path(page).parent.mkdir(parents=True, exist_ok=True)
-    Path(page).write_text(render(found, command), encoding="utf-8")
+    Path(page).write_text(render(found, command, studies), encoding="utf-8")
 
 
-def render(found: Iterable[tuple[Path, Records]], command: str) -> str:
+def render(
+    found: Iterable[tuple[Path, Records]],
+    command: str,
+    studies: Iterable[tuple[Path, dict[str, Any]]] = (),
+) -> str:
     """The page's text.
 
     Args:
       found: files of records with their records; ranks are looked for beside them.
       command: what made the page, to be shown on it.
+      studies: their files with what they hold; pictures are looked for beside them.
     """
     found = sorted(found, key=lambda pair: sort_key(pair[1]))
     presets = [pair for pair in found if not ablation_of(pair[1])]
@@ -91,6 +99,10 @@ def render(found: Iterable[tuple[Path, Records]], command: str) -> str:
         title = f"{name}: {model} on {data}"
         contents.append((_anchor(title), title))
         sections.append(_ablation(title, list(group), command))
+    for path, kept in studies:
+        title = study.title_of(kept)
+        contents.append((_anchor(title), title))
+        sections.append(_study(title, path.parent, kept))
     contents.append(("missing", "Not run yet"))
     parts = [_gains(pairs, command), *sections, _missing(missing(runs), command)]
     links = "".join(f'<li><a href="#{a}">{escape(t)}</a></li>' for a, t in contents)
@@ -177,6 +189,21 @@ def _ablation(title: str, arms: list[tuple[Path, Records]], command: str) -> str
         "</section>",
     ]
     return "\n".join(parts)
+
+
+def _study(title: str, folder: Path, kept: dict[str, Any]) -> str:
+    """The tables of a study, and its picture if there is one."""
+    made = [study.command_of(kept)]
+    parts = [f'<section id="{_anchor(title)}"><h2>{escape(title)}</h2>']
+    for finding in kept["findings"]:
+        parts.append(
+            table_html(finding["title"], Table(finding["head"], finding["rows"]), made)
+        )
+    for picture in sorted(folder.glob("*.png")):
+        data = base64.b64encode(picture.read_bytes()).decode()
+        text = escape(f"{title}: {picture.stem}")
+        parts.append(f'<figure><img alt="{text}" src="data:image/png;base64,{data}"></figure>')
+    return "\n".join([*parts, "</section>"])
 
 
 def _anchor(title: str) -> str:

@@ -4,12 +4,13 @@ Every number is computed from the records of runs; what the page says around the
 outside of the generated part and is left as it is.
 """
 
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from experiments import records
+from experiments import records, study
 from experiments.ranking import METRICS
 from experiments.tables import (
     Records,
@@ -37,11 +38,11 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
       page: a Markdown file with the two marks; made if missing.
 
     Returns:
-      The number of runs found.
+      The number of runs and studies found.
     """
     page = Path(page)
-    runs = [run for _, run in tested(folders)]
-    if not runs:
+    runs, found = [run for _, run in tested(folders)], [*studies(folders)]
+    if not runs and not found:
         raise ValueError(f"`folders` {[str(f) for f in folders]} hold no tested run.")
     text = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)
@@ -54,9 +55,9 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
     if presets:
         parts += [_markdown(tests_table(presets)), _markdown(curves_table(presets))]
         parts.append(commands(presets))
-    parts += [*ablations(runs), END]
+    parts += [*ablations(runs), *found, END]
     page.write_text(before + "\n\n".join(parts) + after, encoding="utf-8")
-    return len(runs)
+    return len(runs) + sum(part.startswith("### ") for part in found)
 
 
 def ablations(runs: Sequence[Records]) -> Iterator[str]:
@@ -70,13 +71,35 @@ def ablations(runs: Sequence[Records]) -> Iterator[str]:
         yield "\n".join(made)
 
 
+def studies(folders: Iterable[str | Path]) -> Iterator[str]:
+    """A heading, the tables and the command of each study below `folders`."""
+    for _, kept in study.read(folders):
+        yield f"### {study.title_of(kept)}"
+        for finding in kept["findings"]:
+            yield f"{finding['title']}:"
+            yield _markdown(Table(finding["head"], finding["rows"]))
+        yield f"- {made_of(kept)}"
+
+
+def made_of(kept: dict[str, Any]) -> str:
+    """The command of a study, how long it took, on what."""
+    where = f"{kept['device']}, {kept['cores']} core(s)"
+    versions = versions_of([kept])
+    return f"`{study.command_of(kept)}` ({kept['seconds']:,.0f} s; {where}; {versions})"
+
+
 def keep(folders: Iterable[str | Path], into: str | Path) -> None:
     """Copies tested runs' records below `into`, thinned so that a repository can hold them.
 
     Tests stay whole; of the curves, epochs 1, 5, 10 and every 20th stay, without the settings,
     which each test repeats. A run `DATA-MODEL/OPTIMIZER` becomes one file of that name, and so
-    does an arm of an ablation.
+    does an arm of an ablation. Studies are copied with their pictures.
     """
+    for path, _ in study.read(folders):
+        target = Path(into) / path.parent.name
+        target.mkdir(parents=True, exist_ok=True)
+        for part in (path, *path.parent.glob("*.png")):
+            shutil.copyfile(part, target / part.name)
     for path, run in tested(folders):
         # An arm of an ablation lies one folder deeper, in that of its compiled program.
         place = path.parents[2 if ablation_of(run) else 1].name

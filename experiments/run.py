@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -87,13 +88,19 @@ class Result:
     seconds: float
 
 
-def make_trainer(config: Config, split: Split, swept: Sequence[str] = ()) -> Trainer:
+def make_trainer(
+    config: Config,
+    split: Split,
+    swept: Sequence[str] = (),
+    optimizer: Callable[[Any], optax.GradientTransformation] | None = None,
+) -> Trainer:
     """Builds the compiled training functions for a configuration on a split.
 
     Args:
       config: settings.
       split: data.
       swept: settings that each run has its own values of, see `make_optimizer`.
+      optimizer: makes the optimizer from the adjacency, in place of the one in `config`.
     """
     dataset, backbone = split.dataset, BACKBONES[config.model]
     data = training_data(
@@ -107,7 +114,9 @@ def make_trainer(config: Config, split: Split, swept: Sequence[str] = ()) -> Tra
     order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))
     return Trainer(
         lambda rngs: backbone.build(dataset.num_users, dataset.num_items, config, rngs),
-        make_optimizer(config, graph, swept, steps_per_epoch=order.shape[0]),
+        optimizer(graph)
+        if optimizer
+        else make_optimizer(config, graph, swept, steps_per_epoch=order.shape[0]),
         objective,
         graph,
         data,

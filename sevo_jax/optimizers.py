@@ -46,7 +46,7 @@ def sevo_adamw(
       tables: which parameters are tables, see :func:`sevo`.
       beta: strength of the smoothing in [0, 1).
       num_layers: the paper's L.
-      method: `"neumann"` or `"iterative"`, see :func:`smooth`.
+      method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients of the smoothing sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
       correct_moments: keep the moments of rows without a gradient; False for plain Adam's.
@@ -133,7 +133,7 @@ def sevo_adam(
       tables: which parameters are tables, see :func:`sevo`.
       beta: strength of the smoothing in [0, 1).
       num_layers: the paper's L.
-      method: `"neumann"` or `"iterative"`, see :func:`smooth`.
+      method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients of the smoothing sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
       b1: decay of the first moment.
@@ -215,7 +215,7 @@ def sevo_sgd(
       tables: which parameters are tables, see :func:`sevo`.
       beta: strength of the smoothing in [0, 1).
       num_layers: the paper's L.
-      method: `"neumann"` or `"iterative"`, see :func:`smooth`.
+      method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients of the smoothing sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
       momentum: decay of the momentum.

@@ -1,6 +1,6 @@
 """The operator psi: a polynomial in the normalised adjacency."""
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.core import Tracer
 from sevo_jax.adjacency import Graph, normalized_adjacency
 from sevo_jax.layouts import Adjacency
 
-Method: TypeAlias = Literal["neumann", "iterative"]
+Method: TypeAlias = Literal["neumann", "iterative", "exact"]
 Isolated: TypeAlias = Literal["scale", "identity"]
 
 
@@ -38,11 +38,13 @@ def smooth(
       adjacency: prepared by :func:`normalized_adjacency`, or a graph.
       x: table `[num_nodes, d]`. Half precision is smoothed in float32 and cast back.
       beta: strength in [0, 1), a scalar or `[d]`, one for each column. May be traced.
-      num_layers: how many hops a row can reach, the paper's L.
-      method: `"neumann"`, or `"iterative"` for
-        :math:`\beta^L \tilde A^L X + (1-\beta) \sum_{l<L} \beta^l \tilde A^l X`.
+      num_layers: how many hops a row can reach, the paper's L. The exact method has no limit.
+      method: `"neumann"`; or `"iterative"` for
+        :math:`\beta^L \tilde A^L X + (1-\beta) \sum_{l<L} \beta^l \tilde A^l X`; or `"exact"`
+        for their limit :math:`(1-\beta) (I - \beta \tilde A)^{-1} X`, found by conjugate
+        gradients to a relative residual of 1e-6, at dozens of times the cost.
       rescale: make the Neumann coefficients sum to one. Without it they sum to
-        :math:`1-\beta^{L+1}`. The iterative ones always sum to one. May be traced.
+        :math:`1-\beta^{L+1}`. Those of the other methods always sum to one. May be traced.
       isolated: what becomes of rows without an edge: `"scale"` multiplies them by the first
         coefficient (0.254 by default) as the official code does, `"identity"` keeps them.
 
@@ -72,12 +74,26 @@ def smooth(
             f"`smooth` takes `beta` as a scalar or of shape [d={x.shape[1]}], but got "
             f"{jnp.shape(beta)}."
         )
-    coefs = coefficients(beta, num_layers, method, rescale)
-    stacked = jnp.stack([jnp.asarray(c, wide.dtype).reshape(1, -1) for c in coefs])
-    y = adjacency.polynomial(stacked, wide).astype(x.dtype)
+    if method == "exact":
+        y = _solve(adjacency, wide, beta)
+    else:
+        coefs = coefficients(beta, num_layers, method, rescale)
+        stacked = jnp.stack([jnp.asarray(c, wide.dtype).reshape(1, -1) for c in coefs])
+        y = adjacency.polynomial(stacked, wide)
+    y = y.astype(x.dtype)
     if isolated == "identity":
         y = jnp.where(adjacency.isolated[:, None], x, y)
     return y
+
+
+def _solve(adjacency: Adjacency, x: jax.Array, beta: Any) -> jax.Array:
+    """(1 - beta) (I - beta A~)^-1 x. The matrix is positive definite, as A~ has norm 1."""
+    beta = jnp.asarray(beta, x.dtype).reshape(1, -1)
+    laplacian = jnp.stack([jnp.ones_like(beta), -beta])
+    y, _ = jax.scipy.sparse.linalg.cg(
+        lambda v: adjacency.polynomial(laplacian, v), x, tol=1e-6, maxiter=1000
+    )
+    return (1 - beta) * y
 
 
 def coefficients(
@@ -152,7 +168,7 @@ def check_smoothing(
             "`static_args=('num_layers',)`."
         )
     for name, value, valid in (
-        ("method", method, ("neumann", "iterative")),
+        ("method", method, get_args(Method)),
         ("isolated", isolated, ("scale", "identity")),
     ):
         if value not in valid:

@@ -46,7 +46,7 @@ def sevo(
         takes the one parameter of shape `[num_nodes, d]`.
       beta: strength in [0, 1): a scalar, one per column `[d]`, traced, or a schedule.
       num_layers: the paper's L.
-      method: `"neumann"` or `"iterative"`, see :func:`smooth`.
+      method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
 

@@ -200,3 +200,31 @@ def random_graph_adjacency():
 def test_bad_input(kwargs, error, message):
     with pytest.raises(error, match=message):
         sevo_jax.smooth(random_graph(), kwargs.pop("x", jnp.ones((20, 2))), **kwargs)
+
+
+@pytest.mark.parametrize("layout", ["edges", "rows", "dense"])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.99])
+def test_exact_inverse(layout, beta):
+    graph = random_graph(3)
+    adjacency = sevo_jax.normalized_adjacency(graph, layout=layout)
+    x = np.random.default_rng(0).normal(size=(20, 4))
+    matrix = np.eye(20) - beta * reference_normalized(dense(graph))
+    expected = (1 - beta) * np.linalg.solve(matrix, x)
+    smooth = jax.jit(lambda x, beta: sevo_jax.smooth(adjacency, x, beta=beta, method="exact"))
+    found = smooth(jnp.asarray(x, jnp.float32), beta)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    columns = jnp.array([0.3, beta, 0.7, beta])
+    np.testing.assert_allclose(smooth(x, columns)[:, 1::2], expected[:, 1::2], atol=2e-5)
+    tables = jnp.stack([x, 2 * x]).astype(jnp.float32)
+    both = jax.vmap(smooth, (0, None))(tables, beta)
+    np.testing.assert_allclose(both[1], 2 * expected, atol=5e-5)
+
+
+def test_neumann_tends_to_the_exact_inverse():
+    graph, x = random_graph(3), jnp.asarray(np.random.default_rng(0).normal(size=(20, 4)))
+    exact = sevo_jax.smooth(graph, x, beta=0.8, method="exact")
+    errors = [
+        float(jnp.abs(sevo_jax.smooth(graph, x, beta=0.8, num_layers=num) - exact).max())
+        for num in (1, 3, 10, 60)
+    ]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-5 < errors[0]

@@ -1,0 +1,103 @@
+"""Experiments that are more than a comparison of runs: what they find, and how it is kept.
+
+A study is a module with a function `study(options, out, console)` that returns findings. They
+are kept as `study.json` in the folder `out`, from which the report makes tables; a picture
+beside it, `NAME.png`, becomes a figure of the HTML page.
+"""
+
+import importlib
+import json
+import shlex
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import rich.table
+from rich.console import Console
+
+from experiments import records
+from experiments.options import Ablate
+
+FILE = "study.json"
+# By name, the module. Imported when asked for: some need packages that others do not.
+STUDIES = {
+    "smoothness": "experiments.smoothness",
+    "theory": "experiments.theory",
+}
+
+
+class Finding(NamedTuple):
+    """A table of what was measured, as it will be printed."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]  # as many cells each as the head has
+
+
+def run(options: Ablate, console: Console) -> list[Finding]:
+    """Runs the study that `options` name, prints what it finds and keeps it.
+
+    Raises:
+      ValueError: the folder holds a study already.
+    """
+    module = importlib.import_module(STUDIES[options.name])
+    data = Path(options.data).stem if module.NEEDS_DATA else "no data"
+    out = options.out or Path("runs") / f"{data}-{options.model}-{options.name}".replace(
+        " ", "_"
+    )
+    if (out / FILE).exists():
+        raise ValueError(f"`out` {out} holds a study; choose another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    findings: list[Finding] = module.study(options, out, console)
+    seconds = time.perf_counter() - began
+    for title, head, rows in findings:
+        table = rich.table.Table(*head, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    kept = {
+        "study": options.name,
+        "model": options.model,
+        "data": data,
+        "seeds": list(options.seeds),
+        "arms": list(options.arms),
+        "settings": options.given(),
+        "seconds": round(seconds, 1),
+        **records.environment(),
+        "findings": [finding._asdict() for finding in findings],
+    }
+    temporary = out / f"{FILE}.tmp"
+    temporary.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    temporary.replace(out / FILE)
+    console.print(f"{out / FILE} keeps these tables")
+    return findings
+
+
+def read(folders: Iterable[str | Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The studies kept below `folders`, by name, dataset and model."""
+    found = [
+        (path, json.loads(path.read_text(encoding="utf-8")))
+        for folder in folders
+        for path in Path(folder).rglob(FILE)
+    ]
+    yield from sorted(found, key=lambda pair: (title_of(pair[1]), pair[0]))
+
+
+def title_of(kept: dict[str, Any]) -> str:
+    """A heading for a study: `smoothness, epochs 40: sasrec on amazon_beauty`."""
+    given = ", ".join([kept["study"], *(f"{k} {v}" for k, v in kept["settings"].items())])
+    return given if kept["data"] == "no data" else f"{given}: {kept['model']} on {kept['data']}"
+
+
+def command_of(kept: dict[str, Any]) -> str:
+    """The command that makes such a study again."""
+    parts = [f"python -m experiments ablate {kept['study']}"]
+    if kept["data"] != "no data":
+        parts += [f"--data {kept['data']}", f"--model {kept['model']}"]
+    parts.append(f"--seeds {' '.join(map(str, kept['seeds']))}")
+    parts += [f"--{name.replace('_', '-')} {value}" for name, value in kept["settings"].items()]
+    if kept["arms"]:
+        parts.append(f"--arms {shlex.join(kept['arms'])}")
+    return " ".join(parts)
