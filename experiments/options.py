@@ -118,7 +118,7 @@ class Ablate(Job):
 
     name: Positional[str]
     """An ablation: optimizer, approximation, rescale, correction, layers, graph, placement,
-    loss, beta; or a study: smoothness, theory."""
+    loss, beta; or a study: smoothness, theory, cost."""
     arms: tuple[str, ...] = ()
     """Only these of the settings, by their names; all by default."""
 

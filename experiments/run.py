@@ -93,6 +93,7 @@ def make_trainer(
     split: Split,
     swept: Sequence[str] = (),
     optimizer: Callable[[Any], optax.GradientTransformation] | None = None,
+    graph: Any = None,
 ) -> Trainer:
     """Builds the compiled training functions for a configuration on a split.
 
@@ -101,14 +102,14 @@ def make_trainer(
       split: data.
       swept: settings that each run has its own values of, see `make_optimizer`.
       optimizer: makes the optimizer from the adjacency, in place of the one in `config`.
+      graph: to smooth over, in place of that of the split.
     """
     dataset, backbone = split.dataset, BACKBONES[config.model]
     data = training_data(
         split.train, dataset.num_items, max_length=config.max_length, windows=config.windows
     )
-    graph = None
     if config.optimizer.startswith("sevo_"):
-        graph = normalized_adjacency(make_graph(config, split))
+        graph = normalized_adjacency(make_graph(config, split) if graph is None else graph)
     objective = backbone.objective(dataset.num_items, config)
     batch_size = windows_per_step(config, data)
     order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))

@@ -120,7 +120,7 @@ def energy(adjacency: Adjacency, config: Config, params: Any) -> jax.Array:
     """J of the tables among `params`, summed where a model has two."""
     mask = table_mask(params, BACKBONES[config.model].tables, adjacency.num_nodes)
     found = jax.tree.map(lambda x, m: smoothness(adjacency, x) if m else 0.0, params, mask)
-    return optax.tree.sum(found)
+    return jnp.asarray(optax.tree.sum(found))
 
 
 def monitored_adamw(
@@ -134,7 +134,8 @@ def monitored_adamw(
     def monitor(name: str) -> optax.GradientTransformation:
         # Inside of `partition` only the tables are left.
         def total(updates: Any) -> jax.Array:
-            return optax.tree.sum(jax.tree.map(lambda x: smoothness(adjacency, x), updates))
+            found = jax.tree.map(lambda x: smoothness(adjacency, x), updates)
+            return jnp.asarray(optax.tree.sum(found))
 
         return _scannable(optax.monitor({name: optax.measure_with_ema(total, decay=MEMORY)}))
 

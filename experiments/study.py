@@ -24,6 +24,7 @@ FILE = "study.json"
 STUDIES = {
     "smoothness": "experiments.smoothness",
     "theory": "experiments.theory",
+    "cost": "experiments.cost",
 }
 
 

@@ -1,5 +1,6 @@
 """The studies against slow references, and how they are kept and reported."""
 
+import itertools
 import json
 from dataclasses import replace
 from typing import Any
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
-from experiments import cli, smoothness, study, theory
-from experiments.config import Config
+from experiments import cli, cost, smoothness, study, theory
+from experiments.config import Config, preset
 from experiments.dataset import leave_one_out
+from experiments.options import Ablate
 from experiments.page import write_page
 from experiments.report import keep, write_report
 from experiments.synthetic import synthetic
@@ -65,7 +68,8 @@ def test_monitors_measure_both_sides_of_psi_and_change_nothing():
 
 def test_smoothness_along_training():
     split = leave_one_out(synthetic(num_users=120, num_items=60, num_communities=3))
-    config = replace(TINY, model="mf", windows="users")  # the quickest to compile
+    small: Any = {"dim": 4, "batch_size": 64, "epochs": 2, "eval_every": 1}
+    config = preset("mf", "synthetic", "sevo_adamw", **small)  # the quickest to compile
     found = dict(smoothness.measure(config, split, (0.0, 0.9), (3, 4)))
     assert list(found) == [1, 2]
     for values in found.values():
@@ -111,6 +115,49 @@ def test_steps_of_gradient_descent(monkeypatch):
     assert rescaled[0] == plain and plain < rescaled[1] < smoothed
     steps = np.array([3.0, 6.0, 15.0, np.nan])
     assert theory.exponent((0.0, 0.5, 0.8, 0.9), steps) == pytest.approx(1)
+
+
+def test_alternate_takes_turns_and_returns_medians():
+    calls: list[str] = []
+    times = iter([0, 9, 10, 99, 100, 101, 200, 204, 300, 303, 400, 402, 500, 502, 600, 607])
+
+    def function(name):
+        return lambda: calls.append(name)
+
+    found = cost.alternate([function("a"), function("b")], 3, clock=lambda: next(times))
+    assert calls == ["a", "b"] * 4  # the first turn compiles and does not count
+    assert found == [2, 4]
+
+
+def test_cost_of_backbones(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "ROUNDS", 2)
+    options = Ablate(name="cost", arms=("mf",), batch_size=512, dim=4)
+    (found,) = cost.study(options, tmp_path, Console())
+    (row,) = (dict(zip(found.head, row, strict=True)) for row in found.rows)
+    assert row["model"] == "mf" and row["published overhead"] == "+6.0 %"
+    for what, ratio in (("s/epoch", row["overhead"]), ("s/ranking", row["more"])):
+        plain, sevo = (float(row[f"{what}, {name}"]) for name in ("AdamW", "SEvo"))
+        assert min(plain, sevo) > 0
+        # The seconds are printed with four digits after the point.
+        assert float(ratio.removesuffix(" %")) / 100 + 1 == pytest.approx(
+            sevo / plain, rel=0.05
+        )
+    with pytest.raises(ValueError, match="`arms` must be of"):
+        cost.study(replace(options, arms=("gpt",)), tmp_path, Console())
+
+
+def test_a_large_catalogue_is_generated_with_its_edges(monkeypatch):
+    monkeypatch.setattr(cost, "ROUNDS", 2)
+    size = cost.Size(num_users=3000, num_items=2000)
+    values, row_splits = cost.sequences(size)
+    assert len(row_splits) == 3001 and values.min() >= 0 and values.max() < 2000
+    counts = np.sort(np.bincount(values, minlength=2000))[::-1]
+    assert counts[:200].sum() > 2 * counts[200:400].sum()  # a long tail
+    config = Config(dim=4, num_blocks=1, max_length=10)
+    edges, milliseconds = cost.steps(size, config, users=512)
+    rows = values.reshape(3000, cost.LENGTH)
+    pairs = {(a, b) for row in rows for a, b in itertools.pairwise(row)}
+    assert edges == len(pairs | {(b, a) for a, b in pairs}) and min(milliseconds) > 0
 
 
 def test_a_study_is_kept_and_reported(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,196 @@
+"""What SEvo costs: the last lines of Table 2, and Table 3's claim of little overhead."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from experiments.config import Config, Model, preset
+from experiments.dataset import Dataset, Split, leave_one_out
+from experiments.main_job import split_of
+from experiments.options import Ablate
+from experiments.published import TRAINING_SECONDS
+from experiments.ranking import ranking_data
+from experiments.run import make_trainer
+from experiments.study import Finding
+from experiments.training import Trainer, TrainState
+from sevo_jax import item_graph, normalized_adjacency
+
+NEEDS_DATA = True
+ROUNDS = 5
+OPTIMIZERS = ("adamw", "sevo_adamw")
+
+
+class Size(NamedTuple):
+    """Of a generated log whose item graph is as large as that of a real catalogue."""
+
+    num_users: int
+    num_items: int
+
+
+# The catalogues of the paper's Table 3.
+LARGE = {
+    "electronics": Size(num_users=728_489, num_items=159_729),
+    "clothing": Size(num_users=1_219_337, num_items=376_378),
+}
+LENGTH = 8  # of every generated sequence, about the mean of Amazon's
+
+
+def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
+    """Seconds of an epoch and of ranking with and without SEvo, taken in turns.
+
+    `--arms` names backbones, all by default, on the data of the options; `electronics` and
+    `clothing` are SASRec on generated data of that size, a few steps, and take minutes.
+    """
+    models = get_args(Model)
+    arms = options.arms or models
+    if unknown := set(arms) - {*models, *LARGE}:
+        raise ValueError(f"`arms` must be of {(*models, *LARGE)}, got {sorted(unknown)}.")
+    findings = []
+    if chosen := [arm for arm in arms if arm in models]:
+        findings.append(_backbones(chosen, options, console))
+    if sizes := [arm for arm in arms if arm in LARGE]:
+        findings.append(_large(sizes, options, console))
+    return findings
+
+
+def _backbones(arms: list[str], options: Ablate, console: Console) -> Finding:
+    dataset, split = split_of(options)
+    rows = []
+    for model in arms:
+        # LightGCN does in the network what SEvo does in training.
+        names = OPTIMIZERS if model != "lightgcn" else OPTIMIZERS[:1]
+        configs = [
+            preset(model, options.preset or dataset.name, name, **options.given())
+            for name in names
+        ]
+        epochs, rankings = _seconds(configs, split, options.seeds[0])
+        row = [model, *_pair(epochs), *_pair(rankings)]
+        if known := TRAINING_SECONDS.get(model):
+            row += [f"{known[0]:,}", _percent(1 + known[1] / known[0])]
+        rows.append(row + [""] * (9 - len(row)))
+        console.print(f"{model}: {' '.join(f'{s:.3f}' for s in epochs)} s/epoch")
+    head = ["model"]
+    for what in ("s/epoch", "s/ranking"):
+        head += [f"{what}, AdamW", f"{what}, SEvo", "overhead" if "epoch" in what else "more"]
+    head += ["published training, s", "published overhead"]
+    title = (
+        f"Cost on {dataset.name}: medians of {ROUNDS} epochs, and of as many rankings of all "
+        "validation users, with and without SEvo in turns"
+    )
+    return Finding(title, head, rows)
+
+
+def _pair(seconds: Sequence[float]) -> list[str]:
+    if len(seconds) < 2:
+        return [f"{seconds[0]:.4f}", "", ""]
+    return [*(f"{s:.4f}" for s in seconds), _percent(seconds[1] / seconds[0])]
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f} %"
+
+
+class _Arm:
+    """A trainer with its state: an epoch or a ranking at a call."""
+
+    def __init__(self, trainer: Trainer, seed: int):
+        self.trainer = trainer
+        self.state: TrainState = trainer.init(jax.vmap(jax.random.key)(jnp.array([seed])))
+        self.epochs = 0
+
+    def epoch(self) -> Any:
+        self.epochs += 1
+        self.state, loss = self.trainer.epoch(self.state, self.epochs)
+        return loss, self.state
+
+    def rank(self, data: Any, num_slots: int) -> Any:
+        return self.trainer.rank(self.state.params, data, num_slots)
+
+
+def _seconds(
+    configs: Sequence[Config], split: Split, seed: int
+) -> tuple[list[float], list[float]]:
+    """Median seconds of an epoch and of a ranking, for each configuration."""
+    arms = [_Arm(make_trainer(config, split), seed) for config in configs]
+    queries = arms[0].trainer.objective.num_queries
+    (data,), num_slots = ranking_data(
+        [split.evaluation("valid")], max_length=configs[0].max_length - queries
+    )
+    epochs = alternate([arm.epoch for arm in arms], ROUNDS)
+    rankings = alternate([lambda arm=arm: arm.rank(data, num_slots) for arm in arms], ROUNDS)
+    return epochs, rankings
+
+
+def alternate(
+    functions: Sequence[Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Median seconds of each function, called in turns so that noise meets all alike.
+
+    The first call of each, which compiles, does not count.
+    """
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds + 1):
+        for function, taken in zip(functions, seconds, strict=True):
+            began = clock()
+            jax.block_until_ready(function())
+            taken.append(clock() - began)
+    return [statistics.median(taken[1:]) for taken in seconds]
+
+
+def _large(sizes: list[str], options: Ablate, console: Console) -> Finding:
+    rows = []
+    for name in sizes:
+        config = preset("sasrec", "amazon_beauty", "sevo_adamw", **options.given())
+        edges, (plain, sevo) = steps(LARGE[name], config)
+        cells = [f"{LARGE[name].num_items:,}", f"{edges:,}", f"{plain:.0f}", f"{sevo:.0f}"]
+        rows.append([name, *cells, f"{sevo / plain:.2f}"])
+        console.print(f"{name}: {plain:.0f} and {sevo:.0f} ms/step")
+    head = ["size of", "items", "directed edges", "ms/step, AdamW", "ms/step, SEvo", "ratio"]
+    title = f"SASRec on generated data of large catalogues, medians of {ROUNDS} times ten steps"
+    return Finding(title, head, rows)
+
+
+def steps(size: Size, config: Config, users: int = 5120) -> tuple[int, list[float]]:
+    """Milliseconds of a training step with AdamW and with SEvo-AdamW.
+
+    Args:
+      size: of the log that the graph is built of.
+      config: settings; the optimizer is replaced.
+      users: of the log that are trained on, all in every round.
+
+    Returns:
+      The number of directed edges, and the two times.
+    """
+    values, row_splits = sequences(size)
+    graph = item_graph((values + 1, row_splits), size.num_items + 1)  # a row for padding
+    edges, adjacency = len(graph.edges), normalized_adjacency(graph)  # type: ignore[arg-type]
+    some = row_splits[: users + 1]
+    split = leave_one_out(Dataset("generated", values[: some[-1]], some, size.num_items))
+    arms = []
+    for name in OPTIMIZERS:
+        one = Config(**{**vars(config), "optimizer": name})
+        trainer = make_trainer(one, split, graph=adjacency if name == "sevo_adamw" else None)
+        arms.append(_Arm(trainer, 0))
+    per_epoch = -(-users // config.batch_size)
+    seconds = alternate([arm.epoch for arm in arms], ROUNDS)
+    return edges, [1000 * s / per_epoch for s in seconds]
+
+
+def sequences(size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """A log `(values, row_splits)` whose items follow a power law, as catalogues do.
+
+    Popularity falls with the square root of the rank: a few hubs, and a long tail.
+    """
+    rng = np.random.default_rng(0)
+    drawn = rng.random(size.num_users * LENGTH) ** 2  # density ~ rank^(-1/2)
+    values = (drawn * size.num_items).astype(np.int64)
+    return values, np.arange(0, len(values) + 1, LENGTH)
