@@ -110,6 +110,22 @@ def beta(make: Make) -> dict[str, Config]:
     }
 
 
+def users(make: Make) -> dict[str, Config]:
+    """Few users to train on, where the graph should help most. Fewer users make an epoch
+    shorter; there are more epochs in turn, so that all arms take about as many steps."""
+    arms = {}
+    for fraction in (0.1, 0.25, 0.5, 1.0):
+        for optimizer in ("adamw", "sevo_adamw"):
+            usual = make(optimizer)
+            arms[f"{fraction:.0%} {optimizer}"] = make(
+                optimizer,
+                train_users=fraction,
+                epochs=round(usual.epochs / fraction),
+                eval_every=round(usual.eval_every / fraction),
+            )
+    return arms
+
+
 ABLATIONS: dict[str, Callable[[Make], dict[str, Config]]] = {
     function.__name__: function
     for function in (
@@ -122,6 +138,7 @@ ABLATIONS: dict[str, Callable[[Make], dict[str, Config]]] = {
         placement,
         loss,
         beta,
+        users,
     )
 }
 

@@ -61,6 +61,7 @@ class Config:
     pvn_weight: float = 0.0  # STOSA's second term
     mask_prob: float = 0.5  # bert4rec only
     windows: Windows = "last"  # see `batching.training_data`
+    train_users: float = 1.0  # the share of users that train; all are ranked for
     batch_size: int = 512  # windows in a step; for "whole", targets
     max_length: int = 50
     dim: int = 64
@@ -98,6 +99,8 @@ class Config:
                 f"`windows` of {self.model} must be last, prefixes or whole, got "
                 f"{self.windows!r}."
             )
+        if self.train_users > 1:
+            raise ValueError(f"`train_users` must be in (0, 1], got {self.train_users}.")
         if self.pvn_weight and self.model != "stosa":
             raise ValueError(f"`pvn_weight` is for stosa alone, got it for {self.model}.")
         if self.placement != "update" and not self.optimizer.startswith("sevo_"):

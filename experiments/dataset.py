@@ -253,6 +253,24 @@ class Split:
     def num_train(self) -> int:
         return len(self.train[0])
 
+    def with_train_users(self, fraction: float) -> Split:
+        """The split that trains on a share of the users alone, and ranks for all as before.
+
+        Args:
+          fraction: in (0, 1], of the users that train. They are drawn once and for all: those
+            of a smaller fraction are among those of a larger one.
+        """
+        if not 0 < fraction <= 1:
+            raise ValueError(f"`fraction` must be in (0, 1], got {fraction}.")
+        starts = self.dataset.row_splits[:-1]
+        users = np.flatnonzero(self.train_end > starts)
+        drawn = np.random.default_rng(0).permutation(np.arange(self.dataset.num_users))
+        drawn = drawn[np.isin(drawn, users)]
+        left_out = drawn[max(1, round(fraction * len(drawn))) :]
+        train_end = self.train_end.copy()
+        train_end[left_out] = starts[left_out]
+        return replace(self, train_end=train_end)
+
     def evaluation(self, part: Literal["valid", "test"]) -> Evaluation:
         """The targets of `part` with the histories to rank them from."""
         if part not in ("valid", "test"):

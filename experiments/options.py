@@ -70,6 +70,8 @@ class Job:
     windows: Windows | None = None
     """How sequences are cut for training: each user's last items, every prefix on its own, or
     all prefixes in one pass. The others belong to bert4rec and mf."""
+    train_users: float | None = None
+    """Train on this share of the users, drawn at random; test on all."""
     batch_size: int | None = None
     max_length: int | None = None
     dim: int | None = None
@@ -118,7 +120,7 @@ class Ablate(Job):
 
     name: Positional[str]
     """An ablation: optimizer, approximation, rescale, correction, layers, graph, placement,
-    loss, beta; or a study: smoothness, theory, cost."""
+    loss, beta, users; or a study: smoothness, theory, cost."""
     arms: tuple[str, ...] = ()
     """Only these of the settings, by their names; all by default."""
 

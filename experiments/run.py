@@ -104,6 +104,7 @@ def make_trainer(
       optimizer: makes the optimizer from the adjacency, in place of the one in `config`.
       graph: to smooth over, in place of that of the split.
     """
+    split = split.with_train_users(config.train_users)
     dataset, backbone = split.dataset, BACKBONES[config.model]
     data = training_data(
         split.train, dataset.num_items, max_length=config.max_length, windows=config.windows
@@ -192,6 +193,7 @@ def fit_sweep(
         same = {name: getattr(config, name) for name in swept}
         if replace(other, **same) != config:
             raise ValueError(f"`configs` may differ in {SWEPT} alone, but {name!r} does not.")
+    split = split.with_train_users(config.train_users)  # what the records shall count
     trainer = make_trainer(config, split, swept)
     parts = [split.evaluation("valid"), split.evaluation("test")]
     (valid_data, test_data), num_slots = ranking_data(

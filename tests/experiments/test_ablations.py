@@ -104,6 +104,22 @@ def test_a_sweep_varies_traced_settings_alone(split, arms, tmp_path):
         make_optimizer(TINY, None, ["dim"])
 
 
+def test_few_users_train_as_many_steps(split, tmp_path):
+    def make(optimizer, **settings):
+        return replace(TINY, optimizer=optimizer, **settings)
+
+    arms = ABLATIONS["users"](make)
+    few = arms["50% sevo_adamw"]
+    assert (few.epochs, few.eval_every) == (4, 2)
+    result = fit(few, split, [0], tmp_path)
+    (test,) = (r for r in read(tmp_path / FILE) if r["kind"] == "test")
+    assert test["data"]["train"] == split.with_train_users(0.5).num_train < split.num_train
+    ranks = np.load(tmp_path / "ranks.npz")
+    assert len(ranks["users"]) == len(split.test) and result.test["HR@10"].shape == (1,)
+    with pytest.raises(ValueError, match="`train_users` must be in"):
+        make("adamw", train_users=1.5)
+
+
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_are_valid_and_share_programs(name):
     def make(optimizer, **settings):

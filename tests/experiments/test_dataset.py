@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 import hypothesis.strategies as st
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from experiments.dataset import (
     leave_one_out,
 )
 from experiments.loaders import load
+from experiments.synthetic import synthetic
 from tests.data_path import data_folder
 
 PARTS: tuple[Literal["valid"], Literal["test"]] = ("valid", "test")
@@ -224,6 +226,25 @@ def test_leave_one_out_by_hand():
     assert valid.history_values.tolist() == [4, 5, 6, 3, 2]
     assert test.history_values.tolist() == [4, 5, 6, 7, 3, 2, 1]
     assert test.history_splits.tolist() == [0, 4, 7]
+
+
+def test_train_users_are_a_share_and_nested():
+    split = leave_one_out(synthetic(num_users=200, num_items=100, num_communities=5))
+    lengths, before = np.diff(split.train[1]), None
+    for fraction in (1.0, 0.5, 0.1, 1e-9):
+        some = split.with_train_users(fraction)
+        kept = np.diff(some.train[1]) > 0
+        assert kept.sum() == max(1, round(fraction * (lengths > 0).sum()))
+        np.testing.assert_array_equal(np.diff(some.train[1]), np.where(kept, lengths, 0))
+        assert before is None or not np.any(kept & ~before)
+        before = kept
+        for part in ("valid", "test"):  # all users are still ranked for
+            jax.tree.map(
+                np.testing.assert_array_equal, some.evaluation(part), split.evaluation(part)
+            )
+    for fraction in (0.0, 1.5):
+        with pytest.raises(ValueError, match="`fraction` must be in"):
+            split.with_train_users(fraction)
 
 
 def test_global_time_split_by_hand():
