@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -147,9 +148,8 @@ def alternate(
 
 
 def _large(sizes: list[str], options: Ablate, console: Console) -> Finding:
-    rows = []
+    rows, config = [], preset("sasrec", "amazon_beauty", "sevo_adamw", **options.given())
     for name in sizes:
-        config = preset("sasrec", "amazon_beauty", "sevo_adamw", **options.given())
         edges, (plain, sevo) = steps(LARGE[name], config)
         cells = [f"{LARGE[name].num_items:,}", f"{edges:,}", f"{plain:.0f}", f"{sevo:.0f}"]
         rows.append([name, *cells, f"{sevo / plain:.2f}"])
@@ -177,7 +177,7 @@ def steps(size: Size, config: Config, users: int = 5120) -> tuple[int, list[floa
     split = leave_one_out(Dataset("generated", values[: some[-1]], some, size.num_items))
     arms = []
     for name in OPTIMIZERS:
-        one = Config(**{**vars(config), "optimizer": name})
+        one = replace(config, optimizer=name)
         trainer = make_trainer(one, split, graph=adjacency if name == "sevo_adamw" else None)
         arms.append(_Arm(trainer, 0))
     per_epoch = -(-users // config.batch_size)

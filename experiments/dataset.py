@@ -262,11 +262,10 @@ class Split:
         """
         if not 0 < fraction <= 1:
             raise ValueError(f"`fraction` must be in (0, 1], got {fraction}.")
-        starts = self.dataset.row_splits[:-1]
-        users = np.flatnonzero(self.train_end > starts)
-        drawn = np.random.default_rng(0).permutation(np.arange(self.dataset.num_users))
-        drawn = drawn[np.isin(drawn, users)]
-        left_out = drawn[max(1, round(fraction * len(drawn))) :]
+        starts, num_users = self.dataset.row_splits[:-1], self.dataset.num_users
+        # Of all users, whether they train or not: the same share of the result is the result.
+        drawn = np.random.default_rng(0).permutation(num_users)
+        left_out = drawn[max(1, round(fraction * num_users)) :]
         train_end = self.train_end.copy()
         train_end[left_out] = starts[left_out]
         return replace(self, train_end=train_end)

@@ -41,8 +41,8 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
       The number of runs and studies found.
     """
     page = Path(page)
-    runs, found = [run for _, run in tested(folders)], [*studies(folders)]
-    if not runs and not found:
+    runs, kept = [run for _, run in tested(folders)], [k for _, k in study.read(folders)]
+    if not runs and not kept:
         raise ValueError(f"`folders` {[str(f) for f in folders]} hold no tested run.")
     text = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)
@@ -55,9 +55,9 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
     if presets:
         parts += [_markdown(tests_table(presets)), _markdown(curves_table(presets))]
         parts.append(commands(presets))
-    parts += [*ablations(runs), *found, END]
+    parts += [*ablations(runs), *studies(kept), END]
     page.write_text(before + "\n\n".join(parts) + after, encoding="utf-8")
-    return len(runs) + sum(part.startswith("### ") for part in found)
+    return len(runs) + len(kept)
 
 
 def ablations(runs: Sequence[Records]) -> Iterator[str]:
@@ -71,9 +71,9 @@ def ablations(runs: Sequence[Records]) -> Iterator[str]:
         yield "\n".join(made)
 
 
-def studies(folders: Iterable[str | Path]) -> Iterator[str]:
-    """A heading, the tables and the command of each study below `folders`."""
-    for _, kept in study.read(folders):
+def studies(found: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """A heading, the tables and the command of each study."""
+    for kept in found:
         yield f"### {study.title_of(kept)}"
         for finding in kept["findings"]:
             yield f"{finding['title']}:"

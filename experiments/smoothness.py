@@ -1,6 +1,7 @@
 """Fig. 2b: how smooth the update is before and after psi, and the table, along training."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from experiments.run import SELECTION, make_trainer
 from experiments.study import Finding
 from sevo_jax import scale_by_corrected_adam, sevo, smoothness
 from sevo_jax.layouts import Adjacency
+from sevo_jax.optimizers import by_table
 from sevo_jax.tables import table_mask
 
 NEEDS_DATA = True
@@ -103,7 +105,12 @@ def measure(
 
     @jax.jit
     def energies(params: Any) -> jax.Array:
-        return jax.lax.map(lambda one: energy(trainer.graph, config, one), params)
+        def of_one(params: Any) -> jax.Array:
+            mask = table_mask(params, BACKBONES[config.model].tables, trainer.graph.num_nodes)
+            masked = jax.tree.map(lambda x, m: x if m else optax.MaskedNode(), params, mask)
+            return energy(trainer.graph, masked)
+
+        return jax.lax.map(of_one, params)
 
     for epoch in range(1, config.epochs + 1):
         state, _ = trainer.epoch(state, epoch)
@@ -116,10 +123,9 @@ def measure(
         yield epoch, {k: np.asarray(v, np.float64).reshape(shape) for k, v in found.items()}
 
 
-def energy(adjacency: Adjacency, config: Config, params: Any) -> jax.Array:
-    """J of the tables among `params`, summed where a model has two."""
-    mask = table_mask(params, BACKBONES[config.model].tables, adjacency.num_nodes)
-    found = jax.tree.map(lambda x, m: smoothness(adjacency, x) if m else 0.0, params, mask)
+def energy(adjacency: Adjacency, tables: Any) -> jax.Array:
+    """J of a tree of tables, summed where a model has two."""
+    found = jax.tree.map(partial(smoothness, adjacency), tables)
     return jnp.asarray(optax.tree.sum(found))
 
 
@@ -132,12 +138,9 @@ def monitored_adamw(
     """
 
     def monitor(name: str) -> optax.GradientTransformation:
-        # Inside of `partition` only the tables are left.
-        def total(updates: Any) -> jax.Array:
-            found = jax.tree.map(lambda x: smoothness(adjacency, x), updates)
-            return jnp.asarray(optax.tree.sum(found))
-
-        return _scannable(optax.monitor({name: optax.measure_with_ema(total, decay=MEMORY)}))
+        # Only the tables get here.
+        measure = optax.measure_with_ema(partial(energy, adjacency), decay=MEMORY)
+        return _scannable(optax.monitor({name: measure}))
 
     tables = BACKBONES[config.model].tables
     adam: Any = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
@@ -160,13 +163,7 @@ def monitored_adamw(
     )
     plain = optax.adamw(config.learning_rate, weight_decay=config.weight_decay, **adam)
 
-    def labels(params: Any) -> Any:
-        mask = table_mask(params, tables, adjacency.num_nodes)
-        return jax.tree.map(lambda is_table: "table" if is_table else "other", mask)
-
-    return optax.partition(
-        {"table": smoothed, "other": plain}, labels, mask_compatible_extra_args=True
-    )
+    return by_table(smoothed, plain, adjacency, tables)
 
 
 def _scannable(monitor: optax.GradientTransformation) -> optax.GradientTransformation:

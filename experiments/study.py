@@ -7,7 +7,6 @@ beside it, `NAME.png`, becomes a figure of the HTML page.
 
 import importlib
 import json
-import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.console import Console
 
 from experiments import records
 from experiments.options import Ablate
+from experiments.tables import ablate_command, with_given
 
 FILE = "study.json"
 # By name, the module. Imported when asked for: some need packages that others do not.
@@ -43,10 +43,9 @@ def run(options: Ablate, console: Console) -> list[Finding]:
       ValueError: the folder holds a study already.
     """
     module = importlib.import_module(STUDIES[options.name])
-    data = Path(options.data).stem if module.NEEDS_DATA else "no data"
-    out = options.out or Path("runs") / f"{data}-{options.model}-{options.name}".replace(
-        " ", "_"
-    )
+    data = Path(options.data).stem if module.NEEDS_DATA else None
+    place = f"{data}-{options.model}-{options.name}" if data else options.name
+    out = options.out or Path("runs") / place
     if (out / FILE).exists():
         raise ValueError(f"`out` {out} holds a study; choose another folder.")
     out.mkdir(parents=True, exist_ok=True)
@@ -88,17 +87,11 @@ def read(folders: Iterable[str | Path]) -> Iterator[tuple[Path, dict[str, Any]]]
 
 def title_of(kept: dict[str, Any]) -> str:
     """A heading for a study: `smoothness, epochs 40: sasrec on amazon_beauty`."""
-    given = ", ".join([kept["study"], *(f"{k} {v}" for k, v in kept["settings"].items())])
-    return given if kept["data"] == "no data" else f"{given}: {kept['model']} on {kept['data']}"
+    named = with_given(kept["study"], kept["settings"])
+    return f"{named}: {kept['model']} on {kept['data']}" if kept["data"] else named
 
 
 def command_of(kept: dict[str, Any]) -> str:
     """The command that makes such a study again."""
-    parts = [f"python -m experiments ablate {kept['study']}"]
-    if kept["data"] != "no data":
-        parts += [f"--data {kept['data']}", f"--model {kept['model']}"]
-    parts.append(f"--seeds {' '.join(map(str, kept['seeds']))}")
-    parts += [f"--{name.replace('_', '-')} {value}" for name, value in kept["settings"].items()]
-    if kept["arms"]:
-        parts.append(f"--arms {shlex.join(kept['arms'])}")
-    return " ".join(parts)
+    names = ("study", "data", "model", "seeds", "settings", "arms")
+    return ablate_command(*(kept[name] for name in names))

@@ -129,10 +129,24 @@ def command_of(run: Records) -> str:
     seeds = [r["seed"] for r in run if r["kind"] == "test"]
     if not (arm := _arm(run)):
         return train_command(config_of(run), data_of(run), seeds)
-    parts = [f"python -m experiments ablate {arm['name']}", f"--data {data_of(run)}"]
-    parts += [f"--model {config_of(run).model}", f"--seeds {' '.join(map(str, seeds))}"]
-    chosen = [f"--arms {shlex.join(arm['arms'])}"] if arm["arms"] else []
-    return " ".join(parts + _options(arm["given"]) + chosen)
+    data, model, _ = place_of(run)
+    return ablate_command(arm["name"], data, model, seeds, arm["given"], arm["arms"])
+
+
+def ablate_command(
+    name: str,
+    data: str | None,
+    model: str,
+    seeds: Iterable[int],
+    given: dict[str, Any],
+    arms: Sequence[str],
+) -> str:
+    """The `ablate` command with the settings that were given; `data` None if it needs none."""
+    parts = [f"python -m experiments ablate {name}"]
+    parts += [f"--data {data}", f"--model {model}"] if data else []
+    parts.append(f"--seeds {' '.join(map(str, seeds))}")
+    chosen = [f"--arms {shlex.join(arms)}"] if arms else []
+    return " ".join(parts + _options(given) + chosen)
 
 
 def train_command(config: Config, data: str, seeds: Iterable[int]) -> str:
@@ -178,7 +192,12 @@ def ablation_of(run: Records) -> str:
     """The ablation that a run is an arm of, with what was given: `layers, epochs 40`."""
     if not (arm := _arm(run)):
         return ""
-    return ", ".join([arm["name"], *(f"{k} {v}" for k, v in arm["given"].items())])
+    return with_given(arm["name"], arm["given"])
+
+
+def with_given(name: str, given: dict[str, Any]) -> str:
+    """An ablation's name and the settings that were given to it: `layers, epochs 40`."""
+    return ", ".join([name, *(f"{k} {v}" for k, v in given.items())])
 
 
 def config_of(run: Records) -> Config:

@@ -24,6 +24,7 @@ from rich.console import Console
 from experiments.options import Ablate
 from experiments.study import Finding
 from sevo_jax import normalized_adjacency, smooth
+from sevo_jax.adjacency import Graph
 from sevo_jax.smoothing import coefficients
 
 NEEDS_DATA = False
@@ -47,7 +48,7 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
 
 
 def _direction_aware(seeds: tuple[int, ...]) -> Finding:
-    graphs = [draw(seed) for seed in seeds for draw in FAMILIES.values()]
+    graphs = [normalized_adjacency(draw(seed)) for seed in seeds for draw in FAMILIES.values()]
     rows = []
     for beta in BETAS:
         cells = [f"{beta}"]
@@ -73,13 +74,11 @@ def _direction_aware(seeds: tuple[int, ...]) -> Finding:
     return Finding(title, head, rows)
 
 
-def smallest_eigenvalue(
-    graph: jraph.GraphsTuple, beta: float, num_layers: int, method: str
-) -> float:
+def smallest_eigenvalue(graph: Graph, beta: float, num_layers: int, method: str) -> float:
     """Of psi as a matrix `[num_nodes, num_nodes]`, by smoothing the identity."""
-    identity = jnp.eye(normalized_adjacency(graph).num_nodes)
-    settings = {"num_layers": num_layers, "method": method}
-    psi = smooth(graph, identity, beta=beta, **settings)  # type: ignore[arg-type]
+    adjacency = normalized_adjacency(graph)
+    settings: Any = {"beta": beta, "num_layers": num_layers, "method": method}
+    psi = smooth(adjacency, jnp.eye(adjacency.num_nodes), **settings)
     return float(np.linalg.eigvalsh(np.asarray(psi, np.float64))[0])
 
 
@@ -182,8 +181,8 @@ def steps_needed(seed: int, betas: tuple[float, ...], rescale: bool) -> np.ndarr
     The loss is smooth and not convex: for a random sparse matrix B and noisy targets Y, the
     sum of r^2 / (1 + r^2) / 2 over the entries r of B E - Y. Its second derivative is at most 1
     in r, so the gradient's Lipschitz constant C is at most the largest eigenvalue of B^T B,
-    and the learning rate is 1 / C for every beta, as in the theorem. The graph links items
-    that share a row of B.
+    and the learning rate is 1 / C for every beta, as in the theorem. The graph links two
+    pairs of the four items of each row of B.
     """
     rng = np.random.default_rng([seed, 3])
     rows = np.stack([rng.choice(ITEMS, 4, replace=False) for _ in range(OBSERVED)])

@@ -97,7 +97,7 @@ def sevo_adamw(
         optax.scale_by_learning_rate(learning_rate),
     )
     plain = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return _by_table(smoothed, plain, adjacency, tables)
+    return by_table(smoothed, plain, adjacency, tables)
 
 
 def sevo_adam(
@@ -179,7 +179,7 @@ def sevo_adam(
         isolated=isolated,
     )
     step = optax.scale_by_learning_rate(learning_rate)
-    return _by_table(
+    return by_table(
         optax.chain(direction, smoother, step), optax.chain(direction, step), adjacency, tables
     )
 
@@ -260,12 +260,12 @@ def sevo_sgd(
         isolated=isolated,
     )
     step = optax.scale_by_learning_rate(learning_rate)
-    return _by_table(
+    return by_table(
         optax.chain(direction, smoother, step), optax.chain(direction, step), adjacency, tables
     )
 
 
-def _by_table(
+def by_table(
     smoothed: optax.GradientTransformation,
     plain: optax.GradientTransformation,
     adjacency: Adjacency,

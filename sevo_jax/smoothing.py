@@ -42,7 +42,7 @@ def smooth(
       method: `"neumann"`; or `"iterative"` for
         :math:`\beta^L \tilde A^L X + (1-\beta) \sum_{l<L} \beta^l \tilde A^l X`; or `"exact"`
         for their limit :math:`(1-\beta) (I - \beta \tilde A)^{-1} X`, found by conjugate
-        gradients to a relative residual of 1e-6, at dozens of times the cost.
+        gradients to a relative residual of 1e-6, a product with the adjacency each.
       rescale: make the Neumann coefficients sum to one. Without it they sum to
         :math:`1-\beta^{L+1}`. Those of the other methods always sum to one. May be traced.
       isolated: what becomes of rows without an edge: `"scale"` multiplies them by the first

@@ -12,7 +12,7 @@ from experiments.backbones import SWEPT, make_optimizer
 from experiments.config import Config, preset
 from experiments.dataset import leave_one_out
 from experiments.records import FILE, read
-from experiments.run import fit, fit_sweep, load_run
+from experiments.run import fit, fit_sweep, load_run, make_trainer
 from experiments.synthetic import synthetic
 from experiments.tables import ablation_of, command_of, name_of
 from sevo_jax import item_graph, smooth
@@ -114,6 +114,8 @@ def test_few_users_train_as_many_steps(split, tmp_path):
     result = fit(few, split, [0], tmp_path)
     (test,) = (r for r in read(tmp_path / FILE) if r["kind"] == "test")
     assert test["data"]["train"] == split.with_train_users(0.5).num_train < split.num_train
+    half = make_trainer(TINY, split.with_train_users(0.5)).data
+    assert make_trainer(few, split).data.num_windows == half.num_windows < len(split.test)
     ranks = np.load(tmp_path / "ranks.npz")
     assert len(ranks["users"]) == len(split.test) and result.test["HR@10"].shape == (1,)
     with pytest.raises(ValueError, match="`train_users` must be in"):

@@ -238,6 +238,7 @@ def test_train_users_are_a_share_and_nested():
         np.testing.assert_array_equal(np.diff(some.train[1]), np.where(kept, lengths, 0))
         assert before is None or not np.any(kept & ~before)
         before = kept
+        np.testing.assert_array_equal(some.with_train_users(fraction).train[1], some.train[1])
         for part in ("valid", "test"):  # all users are still ranked for
             jax.tree.map(
                 np.testing.assert_array_equal, some.evaluation(part), split.evaluation(part)
