@@ -83,11 +83,17 @@ def graph(make: Make) -> dict[str, Config]:
 
 
 def placement(make: Make) -> dict[str, Config]:
-    """Psi on Adam's step (the paper), on the gradient, or first there and then here."""
+    """Psi on Adam's step (the paper), on the gradient, first there and then here, or both;
+    which rows' moments move; and columns that are smoothed less than others."""
     arms = {"adamw": make("adamw"), "update": make("sevo_adamw")}
     arms["gradient"] = make("sevo_adamw", placement="gradient")
     arms["gradient, then update"] = make("sevo_adamw", placement="switch")
+    # Two weaker smoothings one after the other reach about as far as a strong one.
+    arms["both, beta=0.5"] = make("sevo_adamw", placement="both", beta=0.5)
+    arms["both, beta=0.9"] = make("sevo_adamw", placement="both", beta=0.9)
+    arms["beta by column"] = make("sevo_adamw", beta_ramp=True)
     arms["isolated rows kept"] = make("sevo_adamw", isolated="identity")
+    arms["items of the batch touched"] = make("sevo_adamw", touched="batch")
     return arms
 
 

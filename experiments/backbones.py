@@ -173,7 +173,7 @@ def _optimizer(
     users_too = config.graph == "users_items"
     psi: Any = {
         "tables": ("user_embedding", TABLE) if users_too else BACKBONES[config.model].tables,
-        "beta": beta,
+        "beta": beta * np.linspace(0, 1, config.dim) if config.beta_ramp else beta,
         "num_layers": config.num_layers,
         "method": config.method,
         "rescale": rescale,
@@ -192,11 +192,14 @@ def _optimizer(
     if config.placement == "gradient":
         return optax.chain(sevo(graph, **psi), plain[base]())
     first: list[optax.GradientTransformation] = []
-    if config.placement == "switch":
+    if config.placement == "both":
+        first = [sevo(graph, **psi)]
+    elif config.placement == "switch":
         steps = round(config.switch_at * config.epochs * steps_per_epoch)
         # At beta 0 psi is the identity.
-        before = psi | {"beta": lambda count: jnp.where(count < steps, beta, 0.0)}
-        psi["beta"] = lambda count: jnp.where(count < steps, 0.0, beta)
+        strength = psi["beta"]
+        before = psi | {"beta": lambda count: jnp.where(count < steps, strength, 0.0)}
+        psi["beta"] = lambda count: jnp.where(count < steps, 0.0, strength)
         first = [sevo(graph, **before)]
     if base == "adamw":
         traced = isinstance(correct_moments, jax.Array)
@@ -221,10 +224,12 @@ def _correct_where(
 ) -> optax.GradientTransformationExtraArgs:
     """Corrects moments unless the traced `correct` is 0: then every row counts as touched."""
 
-    def update(updates, state, params=None, **extra_args):
-        touched = jax.tree.map(
-            lambda g: jnp.any(g != 0, axis=tuple(range(1, g.ndim))) | (correct == 0), updates
-        )
+    def update(updates, state, params=None, *, touched=None, **extra_args):
+        def rows(g: jax.Array) -> jax.Array:
+            nonzero = jnp.any(g != 0, axis=tuple(range(1, g.ndim)))
+            return (nonzero if touched is None else touched) | (correct == 0)
+
+        touched = jax.tree.map(rows, updates)
         return optimizer.update(updates, state, params, touched=touched, **extra_args)
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)

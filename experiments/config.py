@@ -5,7 +5,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 Model = Literal["sasrec", "gru4rec", "bert4rec", "stosa", "mf", "lightgcn"]
 Optimizer = Literal["adamw", "sevo_adamw", "adam", "sevo_adam", "sgd", "sevo_sgd"]
-Placement = Literal["update", "gradient", "switch"]
+Placement = Literal["update", "gradient", "switch", "both"]
+Touched = Literal["gradient", "batch"]
 Loss = Literal["bce", "bpr", "gbce", "sampled_softmax", "cross_entropy"]
 Windows = Literal["last", "prefixes", "whole", "items", "users"]
 # What a model's objective fixes: the cut of the sequences, and the loss.
@@ -33,8 +34,8 @@ class Config:
 
     model: Model = "sasrec"
     optimizer: Optimizer = "sevo_adamw"
-    # Psi on Adam's step (the paper), on the gradient, or on the gradient for the first part of
-    # training and on the step after it.
+    # Psi on Adam's step (the paper), on the gradient, on the gradient for the first part of
+    # training and on the step after it, or on both at once.
     placement: Placement = "update"
     switch_at: float = 0.25  # that first part; for the placement "switch"
     learning_rate: float = 1e-3
@@ -44,10 +45,14 @@ class Config:
     eps: float = 1e-8
     momentum: float = 0.9  # sgd only
     beta: float = 0.99
+    beta_ramp: bool = False  # the columns' strengths rise evenly from 0 to beta
     num_layers: int = 3
     method: Literal["neumann", "iterative", "exact"] = "neumann"
     rescale: bool = True
     correct_moments: bool = True
+    # Which rows' moments move: those with a gradient, or those of the items in the batch's
+    # sequences. They differ where a loss takes all items, as all rows have a gradient then.
+    touched: Touched = "gradient"
     isolated: Literal["scale", "identity"] = "scale"
     graph_window: int = 50  # K: a sequence's last items that make edges
     graph_distance: int = 1  # H: how far apart two items of an edge may stand
@@ -107,6 +112,16 @@ class Config:
             raise ValueError(
                 f'`placement` "{self.placement}" needs an optimizer with SEvo, got '
                 f"{self.optimizer!r}."
+            )
+        if self.touched == "batch" and (
+            self.optimizer not in ("sevo_adam", "sevo_adamw")
+            or self.placement == "gradient"
+            or self.graph == "users_items"
+        ):
+            raise ValueError(
+                '`touched` "batch" is for the moments of sevo_adam and sevo_adamw on a table '
+                f"of items; got it for {self.optimizer!r}, placement {self.placement!r} and "
+                f"graph {self.graph!r}."
             )
 
     @property

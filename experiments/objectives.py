@@ -40,6 +40,11 @@ class Objective(Protocol):
         """The batch's loss `[]`; `context` is the trainer's."""
         ...
 
+    def rows(self, batch: Any) -> jax.Array:
+        """Table rows of the batch's sequences, int32 `[n]`, with repeats and those of free
+        slots; drawn negatives are not among them."""
+        ...
+
     def scorer(
         self, module: Any, num_slots: int, context: Any
     ) -> Callable[[Histories], jax.Array]:
@@ -134,6 +139,9 @@ class NextItem:
             )
         return total
 
+    def rows(self, batch: Batch) -> jax.Array:
+        return jnp.concatenate([batch.inputs, batch.targets])
+
     def scorer(
         self, module: SequenceModel, num_slots: int, context: Any = None
     ) -> Callable[[Histories], jax.Array]:
@@ -205,6 +213,9 @@ class MaskedItem:
             module.score_all, states, module.all_rows(), positive, batch.weights
         )
 
+    def rows(self, batch: MaskedBatch) -> jax.Array:
+        return jnp.concatenate([batch.inputs, batch.targets])
+
     def scorer(
         self, module: Any, num_slots: int, context: Any = None
     ) -> Callable[[Histories], jax.Array]:
@@ -267,6 +278,9 @@ class UserItem:
             items = all_items[jnp.stack([batch.positives, batch.negatives])]
         positive, negative = module.score(states, items)
         return losses.bpr(positive, negative[:, None], batch.weights)
+
+    def rows(self, batch: Pairs) -> jax.Array:
+        return batch.positives
 
     def scorer(
         self, module: Any, num_slots: int, context: Any

@@ -6,7 +6,16 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from experiments.config import Config, Loss, Model, Optimizer, Placement, Windows, preset
+from experiments.config import (
+    Config,
+    Loss,
+    Model,
+    Optimizer,
+    Placement,
+    Touched,
+    Windows,
+    preset,
+)
 
 
 @dataclass(kw_only=True)
@@ -38,8 +47,8 @@ class Job:
     """Validate from the first timestamp on and test from the second, instead of each user's
     last two interactions."""
     placement: Placement | None = None
-    """Smooth Adam's `update` (the paper), the `gradient`, or first that and then this; for
-    optimizers with SEvo."""
+    """Smooth Adam's `update` (the paper), the `gradient`, first that and then this (`switch`),
+    or `both`; for optimizers with SEvo."""
     switch_at: float | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
@@ -49,11 +58,15 @@ class Job:
     momentum: float | None = None
     beta: float | None = None
     """Strength of the smoothing, in [0, 1)."""
+    beta_ramp: bool | None = None
+    """Let the strength rise over the table's columns, from 0 to `beta`."""
     num_layers: int | None = None
     """How many hops the smoothing reaches, the paper's L."""
     method: Literal["neumann", "iterative", "exact"] | None = None
     rescale: bool | None = None
     correct_moments: bool | None = None
+    touched: Touched | None = None
+    """Which rows' moments move: those with a `gradient`, or the items of the `batch`."""
     isolated: Literal["scale", "identity"] | None = None
     graph_window: int | None = None
     graph_distance: int | None = None

@@ -124,6 +124,7 @@ def make_trainer(
         data,
         batch_size,
         user_item_graph(split) if config.model == "lightgcn" else None,
+        touched=config.touched == "batch",
     )
 
 

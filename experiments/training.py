@@ -42,6 +42,8 @@ class Trainer:
       batch_size: windows in a batch.
       context: arrays that the objective needs beside the parameters, such as the graph that a
         model propagates over; passed to the compiled epoch as data.
+      touched: tell the optimizer that the rows of the batch's items are `touched`, in place of
+        those with a gradient; see `sevo_jax.scale_by_corrected_adam`.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Trainer:
         data: TrainData,
         batch_size: int,
         context: Any = None,
+        touched: bool = False,
     ):
         self.build = build
         self.graphdef = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0]
@@ -62,6 +65,7 @@ class Trainer:
         self.data = data
         self.batch_size = batch_size
         self.context = context
+        self.touched = touched
         lengths = np.asarray(data.lengths)
         spread = 4.5 * math.sqrt(batch_size) * lengths.std()
         self.usual_slots = min(
@@ -125,7 +129,11 @@ class Trainer:
             batch_key, dropout_key = jax.random.split(key)
             batch = self.objective.sample(batch_key, data, windows, num_slots)
             loss, grads = jax.value_and_grad(self._loss)(params, batch, dropout_key, context)
-            updates, opt_state = self.optimizer.update(grads, opt_state, params, graph=graph)
+            extra = {"graph": graph}
+            if self.touched:
+                none = jnp.zeros(graph.num_nodes, bool)
+                extra["touched"] = none.at[self.objective.rows(batch)].set(True)
+            updates, opt_state = self.optimizer.update(grads, opt_state, params, **extra)
             params = optax.apply_updates(params, updates)
             num_windows = (windows < data.num_windows).sum()
             return (params, opt_state), (loss, num_windows)

@@ -171,6 +171,25 @@ def test_switching_placement():
         assert_same_tree(updates, expected, 1e-8)
 
 
+def test_smoothing_both_gradient_and_update_by_column():
+    graph = item_graph([[0, 1, 2, 3]], 4)
+    tree = {"item_embedding": jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)))}
+    config = replace(TINY, dim=2, beta=0.9, beta_ramp=True)  # the first column as it is
+    both, update = (
+        make_optimizer(replace(config, placement=placement), graph)
+        for placement in ("both", "update")
+    )
+    smoothed = smooth(graph, tree["item_embedding"], beta=jnp.array([0, 0.9]))
+    actual, _ = both.update(tree, both.init(tree), tree)
+    expected, _ = update.update({"item_embedding": smoothed}, update.init(tree), tree)
+    assert_same_tree(actual, expected, 1e-8)
+    single = smooth(graph, jnp.sign(smoothed), beta=jnp.array([0, 0.9]))  # Adam's first step
+    decayed = single + config.weight_decay * tree["item_embedding"]
+    np.testing.assert_allclose(
+        actual["item_embedding"], -config.learning_rate * decayed, atol=1e-8
+    )
+
+
 def test_the_command(tmp_path, capsys):
     found = synthetic(num_users=80, num_items=60, num_communities=3)
     users = np.repeat(np.arange(found.num_users), np.diff(found.row_splits))

@@ -65,7 +65,7 @@ def masked_batch(mask_prob=0.5):
 
 def test_hidden_items_are_the_targets():
     """Every user's last items, each in its place or hidden; window 4 fills a partial batch."""
-    _, batch = masked_batch()
+    objective, batch = masked_batch()
     rows = np.concatenate([np.add(SEQUENCES[u][-MAX_LENGTH:], 2) for u in (2, 0, 3, 1)])
     inputs = np.asarray(batch.inputs)
     hidden = inputs[: len(rows)] == MaskedItem.MASK
@@ -75,6 +75,7 @@ def test_hidden_items_are_the_targets():
     counts = np.asarray(batch.weights) > 0
     np.testing.assert_array_equal(np.asarray(batch.slots)[counts], np.flatnonzero(hidden))
     np.testing.assert_array_equal(np.asarray(batch.targets)[counts], rows[hidden])
+    assert set(rows) <= set(np.asarray(objective.rows(batch)))
 
 
 @pytest.mark.parametrize("mask_prob", [0.2, 0.7])
@@ -273,6 +274,7 @@ def test_user_item_models_rank_and_train_by_pairs(kind, graph):
     np.testing.assert_array_equal(above, better(users[:3] @ items.T))
     data = training_data(TRAIN, NUM_ITEMS, max_length=MAX_LENGTH, windows="users")
     batch = objective.sample(KEY, data, jnp.array([0, 3, 3, 4]), 0)
+    np.testing.assert_array_equal(objective.rows(batch), batch.positives)
     u, p, n = (np.asarray(x)[:3] for x in batch[:3])
     margin = (users[u] * (items[n] - items[p])).sum(axis=1)
     loss = objective.loss(module, batch, KEY, context)

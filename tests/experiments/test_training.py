@@ -19,7 +19,7 @@ from experiments.run import make_trainer
 from experiments.synthetic import synthetic
 from experiments.training import Trainer, TrainState
 from models import GRU4Rec, SASRec
-from sevo_jax import item_graph, normalized_adjacency
+from sevo_jax import item_graph, normalized_adjacency, sevo_adamw
 from tests.models.toys import assert_same_tree, padded, random_params
 
 
@@ -230,6 +230,31 @@ def test_the_graph_is_data(trainer, split):
     assert trainer._epoch_jit._cache_size() == programs
     table, other_table = (s.params["item_embedding"]["embedding"] for s in (state, changed))
     assert np.abs(table - other_table).max() > 1e-4
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_touched_rows_are_those_of_the_batch(touched):
+    """The soft-max over all items gives every row a gradient; in the batch are items 0 to 2."""
+    sequences = [[0, 1, 2], [2, 1, 0, 1]]
+    values = np.concatenate(sequences).astype(np.int32)
+    data = training_data(
+        (values, np.array([0, 3, 7])), NUM_ITEMS, max_length=MAX_LENGTH, windows="last"
+    )
+    graph = normalized_adjacency(item_graph([[1, 2, 3]], NUM_ITEMS + 1))
+    trainer = Trainer(
+        sasrec,
+        sevo_adamw(1e-3, graph, tables="item_embedding"),
+        NextItem("cross_entropy", NUM_ITEMS),
+        graph,
+        data,
+        2,
+        touched=touched,
+    )
+    state, _ = trainer.epoch(start(trainer)[0], 1)
+    (moments,) = jax.tree.leaves(state.opt_state.inner_states["table"].inner_state[0].nu)
+    moved = np.asarray(moments[0] != 0).any(axis=1)
+    assert moved[1:4].all()  # row 0 stands in the free slots
+    assert moved[4:].all() == moved[4:].any() == (not touched)
 
 
 def test_a_batch_is_never_cut(trainer, monkeypatch):
