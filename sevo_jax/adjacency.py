@@ -9,11 +9,17 @@ import numpy as np
 from jax.core import Tracer
 
 from sevo_jax.layouts import Adjacency, Dense, Edges, Rows
+from sevo_jax.padded import Padded
 
 Graph: TypeAlias = jraph.GraphsTuple | Adjacency
-Layout: TypeAlias = Literal["auto", "edges", "rows", "dense"]
+Layout: TypeAlias = Literal["auto", "edges", "rows", "dense", "padded"]
 
-LAYOUTS: dict[Layout, type[Adjacency]] = {"edges": Edges, "rows": Rows, "dense": Dense}
+LAYOUTS: dict[Layout, type[Adjacency]] = {
+    "edges": Edges,
+    "rows": Rows,
+    "dense": Dense,
+    "padded": Padded,
+}
 FASTEST: dict[str, Layout] = {"cpu": "rows"}  # by backend; segment sums over edges elsewhere
 
 
@@ -30,8 +36,9 @@ def normalized_adjacency(
     Args:
       graph: a graph of non-negative symmetric weights, both directions stored, with
         concrete arrays. A prepared adjacency is returned as it is.
-      layout: `"edges"` (segment sums), `"rows"` (compressed rows), `"dense"`, or `"auto"`,
-        which takes rows on CPU and edges elsewhere.
+      layout: `"edges"` (segment sums), `"rows"` (compressed rows), `"dense"`, `"padded"`
+        (gathers in a fixed order: runs on a GPU then repeat to the bit), or `"auto"`, which
+        takes rows on CPU and edges elsewhere.
       capacity: pad to this number of edges, which then cost time but change nothing.
 
     Returns:

@@ -58,7 +58,8 @@ def _horner(
     return y
 
 
-def _isolated(receivers: np.ndarray, weights: np.ndarray, num_nodes: int) -> np.ndarray:
+def isolated_rows(receivers: np.ndarray, weights: np.ndarray, num_nodes: int) -> np.ndarray:
+    """Which nodes have no edge of a weight, bool `[num_nodes]`."""
     return np.bincount(receivers, weights != 0, minlength=num_nodes) == 0
 
 
@@ -79,7 +80,7 @@ class Edges(Adjacency):
     def from_edges(
         cls, receivers: np.ndarray, senders: np.ndarray, weights: np.ndarray, num_nodes: int
     ) -> Self:
-        isolated = _isolated(receivers, weights, num_nodes)
+        isolated = isolated_rows(receivers, weights, num_nodes)
         return cls(*map(jnp.asarray, (receivers, senders, weights, isolated)))
 
     def matmul(self, x: jax.Array) -> jax.Array:
@@ -103,7 +104,9 @@ class Dense(Adjacency):
     ) -> Self:
         matrix = np.zeros((num_nodes, num_nodes), weights.dtype)
         np.add.at(matrix, (receivers, senders), weights)
-        return cls(jnp.asarray(matrix), jnp.asarray(_isolated(receivers, weights, num_nodes)))
+        return cls(
+            jnp.asarray(matrix), jnp.asarray(isolated_rows(receivers, weights, num_nodes))
+        )
 
     def matmul(self, x: jax.Array) -> jax.Array:
         return jnp.matmul(self.matrix.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
@@ -123,7 +126,7 @@ class Rows(Adjacency):
     def from_edges(
         cls, receivers: np.ndarray, senders: np.ndarray, weights: np.ndarray, num_nodes: int
     ) -> Self:
-        isolated = _isolated(receivers, weights, num_nodes)
+        isolated = isolated_rows(receivers, weights, num_nodes)
         row_splits = np.searchsorted(receivers, np.arange(num_nodes + 1))
         row_splits, columns = row_splits.astype(np.int32), senders.astype(np.int32)
         return cls(*map(jnp.asarray, (row_splits, columns, weights, isolated)))
