@@ -11,7 +11,8 @@ from sevo_jax.layouts import Adjacency, isolated_rows
 
 # Of a node's edges, and of the sums of the rows that a node with more edges is split into. A
 # narrow table has less padding but more splits, which take memory: compiled for an H200 at 376k
-# nodes and 16 million edges, 16 took temporary space of 8.6 tables and 32 takes 6.2 (`Edges` 3).
+# nodes and 16 million edges, 16 took the temporary space of 8.6 tables, and 32 of 6.2 (`Edges`
+# of 3).
 _WIDTHS = 32, 4
 
 
