@@ -1,5 +1,6 @@
 """From a graph of raw weights to a prepared, normalised adjacency."""
 
+import dataclasses
 from typing import Literal, TypeAlias
 
 import jax
@@ -8,23 +9,28 @@ import jraph
 import numpy as np
 from jax.core import Tracer
 
+from sevo_jax import native
 from sevo_jax.layouts import Adjacency, Dense, Edges, Rows
 from sevo_jax.padded import Padded
 
 Graph: TypeAlias = jraph.GraphsTuple | Adjacency
-Layout: TypeAlias = Literal["auto", "edges", "rows", "dense", "padded"]
+Layout: TypeAlias = Literal["auto", "edges", "rows", "dense", "padded", "compiled"]
 
 LAYOUTS: dict[Layout, type[Adjacency]] = {
     "edges": Edges,
     "rows": Rows,
     "dense": Dense,
     "padded": Padded,
+    "compiled": native.Compiled,
 }
-FASTEST: dict[str, Layout] = {"cpu": "rows"}  # by backend; segment sums over edges elsewhere
 
 
 def normalized_adjacency(
-    graph: Graph, *, layout: Layout = "auto", capacity: int | None = None
+    graph: Graph,
+    *,
+    layout: Layout = "auto",
+    capacity: int | None = None,
+    messages: Literal["bfloat16"] | None = None,
 ) -> Adjacency:
     r"""Prepare :math:`\tilde A = D^{-1/2} A D^{-1/2}` for smoothing.
 
@@ -37,9 +43,14 @@ def normalized_adjacency(
       graph: a graph of non-negative symmetric weights, both directions stored, with
         concrete arrays. A prepared adjacency is returned as it is.
       layout: `"edges"` (segment sums), `"rows"` (compressed rows), `"dense"`, `"padded"`
-        (gathers in a fixed order: runs on a GPU then repeat to the bit), or `"auto"`, which
-        takes rows on CPU and edges elsewhere.
+        (gathers in a fixed order: runs on a GPU then repeat to the bit), `"compiled"` (rows
+        with a product in C++, for CPUs, once `python -m sevo_jax.compile` has built it), or
+        `"auto"`, which takes `"compiled"` on a CPU if it is built and `"rows"` if not, and
+        `"edges"` elsewhere.
       capacity: pad to this number of edges, which then cost time but change nothing.
+      messages: `"bfloat16"` lets the rows of a float32 table travel along edges in half
+        precision, which halves the memory traffic. Sums stay in float32; psi is then off by
+        2 to 5e-4 of its norm. For the layouts `"edges"` and `"compiled"`.
 
     Returns:
       The adjacency, in the default float dtype. Products take the dtype of the table.
@@ -73,11 +84,27 @@ def normalized_adjacency(
     if (np.diff(receivers) < 0).any():
         order = np.argsort(receivers, kind="stable")
         receivers, senders, weights = receivers[order], senders[order], weights[order]
-    fastest = FASTEST.get(jax.default_backend(), "edges")
-    form = LAYOUTS[fastest if layout == "auto" else layout]
+    form = LAYOUTS[_fastest() if layout == "auto" else layout]
+    if messages not in (None, "bfloat16"):
+        raise ValueError(
+            f"`normalized_adjacency`: `messages` is None or 'bfloat16', got {messages!r}."
+        )
+    if messages and form not in (Edges, native.Compiled):
+        raise ValueError(
+            "`normalized_adjacency`: `messages` in bfloat16 need the layout 'edges' or "
+            f"'compiled', but `layout` {layout!r} takes {form.__name__}."
+        )
     weights = weights.astype(jnp.result_type(float))
     edges = _pad(receivers, senders, weights, num_nodes, capacity)
-    return form.from_edges(*edges, num_nodes)
+    adjacency = form.from_edges(*edges, num_nodes)
+    return dataclasses.replace(adjacency, messages=messages) if messages else adjacency
+
+
+def _fastest() -> Layout:
+    """By time for psi of a table of 64 columns, see benchmarks/RESULTS.md."""
+    if jax.default_backend() != "cpu":
+        return "edges"
+    return "compiled" if native.is_built() else "rows"
 
 
 def _edges(graph: jraph.GraphsTuple) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:

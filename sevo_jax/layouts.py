@@ -27,6 +27,9 @@ class Adjacency(abc.ABC):
     """A symmetric matrix A~ `[num_nodes, num_nodes]` that can be applied to a table."""
 
     isolated: jax.Array  # [num_nodes] bool: rows of A~ that are zero
+    # In "bfloat16", rows of a float32 table travel along edges in half precision. Sums are of
+    # float32 all the same. `Edges` and `Compiled` have the choice.
+    messages: str | None = None
 
     @classmethod
     @abc.abstractmethod
@@ -58,6 +61,10 @@ def _horner(
     return y
 
 
+def _static() -> Any:
+    return dataclasses.field(default=None, metadata={"static": True})
+
+
 def isolated_rows(receivers: np.ndarray, weights: np.ndarray, num_nodes: int) -> np.ndarray:
     """Which nodes have no edge of a weight, bool `[num_nodes]`."""
     return np.bincount(receivers, weights != 0, minlength=num_nodes) == 0
@@ -75,16 +82,19 @@ class Edges(Adjacency):
     senders: jax.Array  # [num_edges] int32
     weights: jax.Array  # [num_edges]
     isolated: jax.Array  # [num_nodes] bool
+    messages: str | None = _static()
 
     @classmethod
     def from_edges(
         cls, receivers: np.ndarray, senders: np.ndarray, weights: np.ndarray, num_nodes: int
     ) -> Self:
         isolated = isolated_rows(receivers, weights, num_nodes)
-        return cls(*map(jnp.asarray, (receivers, senders, weights, isolated)))
+        r, s, w, i = map(jnp.asarray, (receivers, senders, weights, isolated))
+        return cls(r, s, w, i)
 
     def matmul(self, x: jax.Array) -> jax.Array:
-        messages = self.weights.astype(x.dtype)[:, None] * x[self.senders]
+        sent = x if x.dtype != jnp.float32 else x.astype(self.messages)
+        messages = self.weights.astype(x.dtype)[:, None] * sent[self.senders].astype(x.dtype)
         return jax.ops.segment_sum(
             messages, self.receivers, self.num_nodes, indices_are_sorted=True
         )
@@ -121,6 +131,7 @@ class Rows(Adjacency):
     columns: jax.Array  # [num_edges] int32, of the type of row_splits or BCSR is slow
     weights: jax.Array  # [num_edges]
     isolated: jax.Array  # [num_nodes] bool
+    messages: str | None = _static()
 
     @classmethod
     def from_edges(
@@ -129,7 +140,8 @@ class Rows(Adjacency):
         isolated = isolated_rows(receivers, weights, num_nodes)
         row_splits = np.searchsorted(receivers, np.arange(num_nodes + 1))
         row_splits, columns = row_splits.astype(np.int32), senders.astype(np.int32)
-        return cls(*map(jnp.asarray, (row_splits, columns, weights, isolated)))
+        r, c, w, i = map(jnp.asarray, (row_splits, columns, weights, isolated))
+        return cls(r, c, w, i)
 
     def matmul(self, x: jax.Array) -> jax.Array:
         if BCSR is None or x.dtype not in (jnp.float32, jnp.float64):
@@ -138,6 +150,10 @@ class Rows(Adjacency):
 
     def polynomial(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
         return _rows_polynomial(self, coefficients, x)
+
+    def one_table(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+        """The polynomial of a table that is no batch; what `vmap` and `grad` build on."""
+        return _horner(self.matmul, coefficients, x)
 
 
 def _native(adjacency: Rows, x: jax.Array) -> jax.Array:
@@ -174,7 +190,7 @@ def _scan_chunks(adjacency: Rows, x: jax.Array) -> jax.Array:
 
 @custom_vmap
 def _tables_polynomial(adjacency: Rows, coefficients: jax.Array, x: jax.Array) -> jax.Array:
-    return _horner(adjacency.matmul, coefficients, x)
+    return adjacency.one_table(coefficients, x)
 
 
 @_tables_polynomial.def_vmap

@@ -1,6 +1,8 @@
 """Every layout against the dense matrix; preparation and its errors."""
 
 import dataclasses
+import os
+import shutil
 from typing import Any
 
 import jax
@@ -10,9 +12,26 @@ import numpy as np
 import pytest
 
 import sevo_jax
-from sevo_jax import layouts
+from sevo_jax import layouts, native
 from sevo_jax.adjacency import LAYOUTS
+from sevo_jax.compile import compile_library
 from tests.helpers import dense, random_graph, reference_normalized
+
+HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++"))) or "CXX" in os.environ
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")
+EVERY_LAYOUT = [
+    *sorted(LAYOUTS.keys() - {"compiled"}),
+    pytest.param("compiled", marks=needs_compiler),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def library(tmp_path_factory):
+    """The compiled product in a cache of this module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield compile_library() if HAS_COMPILER else None
+
 
 BETAS = {"scalar": 0.7, "per column": np.array([0.0, 0.5, 0.99])}
 
@@ -33,7 +52,7 @@ TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-
 
 @pytest.mark.parametrize("beta", BETAS.values(), ids=BETAS.keys())
 @pytest.mark.parametrize("table_dtype", TOLERANCE)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_layout_equals_the_matrix(layout, table_dtype, beta):
     graph, x = random_graph(), _table(20, 3)
     with jax.enable_x64(table_dtype == "float64"):
@@ -47,7 +66,7 @@ def test_layout_equals_the_matrix(layout, table_dtype, beta):
 
 # Tables of 3 columns stand side by side, those of 60 take turns, those of 20 do both.
 @pytest.mark.parametrize("d", [3, 20, 60])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_vmapped_tables(layout, d):
     graph, xs = random_graph(), _table(7, 20, d)
     adjacency = sevo_jax.normalized_adjacency(graph, layout=layout)
@@ -65,7 +84,7 @@ def test_vmapped_tables(layout, d):
         np.testing.assert_allclose(both[s], _expected(graph, xs[s], betas[s]), atol=3e-6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_vmap_of_vmap_and_of_scan(layout):
     graph, xs = random_graph(), _table(2, 3, 20, 4)
     adjacency = sevo_jax.normalized_adjacency(graph, layout=layout)
@@ -85,7 +104,7 @@ def test_vmap_of_vmap_and_of_scan(layout):
             np.testing.assert_allclose(y[i, j], _expected(graph, once, betas[i]), atol=3e-6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_vmapped_graphs(layout):
     graphs = [random_graph(seed) for seed in range(3)]
     capacity = max(len(graph.edges) for graph in graphs)
@@ -100,7 +119,7 @@ def test_vmapped_graphs(layout):
         np.testing.assert_allclose(one, _expected(graph, x, 0.99), atol=3e-6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_reverse_mode(layout, x64):
     graph, x, weight = random_graph(), _table(20, 3), _table(20, 3, seed=1)
     adjacency = sevo_jax.normalized_adjacency(graph, layout=layout)
@@ -146,7 +165,7 @@ def test_rows_use_the_native_product():
         assert "scatter" not in text and "gather(" not in text
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_second_call_outside_of_jit_compiles_nothing(layout, caplog):
     adjacency = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
     x = jnp.ones((20, 5))
@@ -158,7 +177,7 @@ def test_second_call_outside_of_jit_compiles_nothing(layout, caplog):
         assert "Compiling" not in caplog.text
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_one_program_for_graphs_of_equal_capacity(layout):
     smooth: Any = jax.jit(lambda adjacency, x: sevo_jax.smooth(adjacency, x))
     for seed in range(3):
@@ -171,7 +190,9 @@ def test_one_program_for_graphs_of_equal_capacity(layout):
     assert smooth._cache_size() == 1
 
 
-@pytest.mark.parametrize("layout", ["edges", "rows", "padded"])  # dense multiplies every entry
+@pytest.mark.parametrize(
+    "layout", [one for one in EVERY_LAYOUT if one != "dense"]
+)  # it adds zeros
 def test_padding_edges_spread_no_nan(layout):
     graph = sevo_jax.item_graph([[0, 1]], num_nodes=4)
     adjacency = sevo_jax.normalized_adjacency(graph, layout=layout, capacity=10)
@@ -193,9 +214,77 @@ def test_padded_rows_of_many_neighbours(num_leaves):
     np.testing.assert_allclose(y, _expected(star, x, 0.99), atol=3e-6)
 
 
-def test_auto_takes_rows_on_cpu():
+@needs_compiler
+def test_auto_takes_compiled_rows_on_cpu_if_built(library, monkeypatch, tmp_path):
     assert jax.default_backend() == "cpu"
-    assert isinstance(sevo_jax.normalized_adjacency(random_graph()), layouts.Rows)
+    assert isinstance(sevo_jax.normalized_adjacency(random_graph()), native.Compiled)
+    assert compile_library() == library  # not again
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert type(sevo_jax.normalized_adjacency(random_graph())) is layouts.Rows
+    adjacency = sevo_jax.normalized_adjacency(random_graph(), layout="compiled")
+    with pytest.raises(RuntimeError, match="Run `python -m sevo_jax.compile`"):
+        sevo_jax.smooth(adjacency, jnp.ones((20, 2)))
+
+
+@needs_compiler
+def test_a_library_of_another_source_is_not_taken(library, monkeypatch, tmp_path):
+    other = tmp_path / "native.cc"
+    other.write_text(native.SOURCE.read_text() + "// changed")
+    monkeypatch.setattr(native, "SOURCE", other)
+    assert native.library() != library and not native.is_built()
+
+
+def test_what_the_compiler_says_is_passed_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "/does/not/exist")
+    with pytest.raises(RuntimeError, match="'/does/not/exist' does not start"):
+        compile_library()
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match="^false -O3 .* failed"):
+        compile_library()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+        compile_library()
+    assert not native.is_built() and not list(tmp_path.rglob("*.so"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("d", [1, 16, 64, 83, 128])
+@pytest.mark.parametrize("num_layers", [0, 1, 2, 5])
+def test_compiled_rows_of_any_width(num_layers, d, library):
+    """All paths of the columns, and several pieces of work: 900 nodes, 40,000 edges."""
+    rng = np.random.default_rng(0)
+    graph: Any = sevo_jax.item_graph(
+        rng.zipf(1.3, (200, 120)) % 900, num_nodes=900, window=120, max_distance=2
+    )
+    assert len(graph.edges) > 2 * 8192
+    x = _table(900, d)
+    beta = np.linspace(0, 0.99, d) if d > 1 else 0.9
+    adjacency = sevo_jax.normalized_adjacency(graph, layout="compiled")
+    y = jax.jit(sevo_jax.smooth, static_argnames="num_layers")(
+        adjacency, jnp.asarray(x, jnp.float32), beta=jnp.asarray(beta), num_layers=num_layers
+    )
+    np.testing.assert_allclose(y, _expected(graph, x, beta, num_layers), atol=3e-6)
+
+
+@pytest.mark.parametrize("layout", ["edges", pytest.param("compiled", marks=needs_compiler)])
+def test_messages_in_half_precision(layout, library):
+    graph, x = random_graph(), _table(20, 67)
+    exact, half = (
+        sevo_jax.normalized_adjacency(graph, layout=layout, messages=messages)
+        for messages in (None, "bfloat16")
+    )
+    table = jnp.asarray(x, jnp.float32)
+    expected: Any = _expected(graph, x, 0.99)
+    errors = [
+        np.linalg.norm(sevo_jax.smooth(adjacency, table) - expected) / np.linalg.norm(expected)
+        for adjacency in (exact, half)
+    ]
+    assert errors[0] < 1e-6 and 1e-5 < errors[1] < 2e-3
+    with jax.enable_x64(True):  # no other table is rounded
+        wide = sevo_jax.normalized_adjacency(graph, layout=layout, messages="bfloat16")
+        np.testing.assert_allclose(sevo_jax.smooth(wide, jnp.asarray(x)), expected, atol=1e-12)
 
 
 def test_a_prepared_adjacency_is_returned():
@@ -217,11 +306,12 @@ def test_edges_in_any_order_repeated_or_on_the_device():
 
 
 def test_leaves_are_arrays_that_a_jitted_function_takes():
-    for layout in LAYOUTS:
+    for layout in LAYOUTS:  # `messages` is no leaf
         adjacency: Any = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
         leaves = jax.tree.leaves(adjacency)
         assert all(isinstance(leaf, jax.Array) for leaf in leaves)
-        assert len(leaves) >= len(dataclasses.fields(adjacency))
+        static = [one for one in dataclasses.fields(adjacency) if one.metadata.get("static")]
+        assert len(leaves) + len(static) >= len(dataclasses.fields(adjacency))
 
 
 def test_isolated_rows():
@@ -266,6 +356,10 @@ def test_bad_options():
         sevo_jax.normalized_adjacency(graph, layout="csr")  # pyright: ignore
     with pytest.raises(ValueError, match="`capacity` is 5, but the graph has"):
         sevo_jax.normalized_adjacency(graph, capacity=5)
+    with pytest.raises(ValueError, match="`messages` is None or 'bfloat16', got 'float16'"):
+        sevo_jax.normalized_adjacency(graph, messages="float16")  # pyright: ignore
+    with pytest.raises(ValueError, match="need the layout 'edges' or 'compiled', but .*Rows"):
+        sevo_jax.normalized_adjacency(graph, layout="rows", messages="bfloat16")
 
 
 def test_traced_graph():

@@ -1,0 +1,234 @@
+// psi = sum_l c_l A^l x by Horner's rule, for a matrix A of compressed rows.
+//
+// Each layer is one pass, y <- A s + c x, whose cost is that of gathering rows of s from
+// memory. So a row is summed in registers, as many columns at a time as fit, while the rows
+// that it needs next are on their way. Every row is summed by one thread in the order of its
+// edges: the result does not depend on the number of threads.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <type_traits>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t kAhead = 24;    // edges between the request for a row and its use
+constexpr int64_t kEdges = 8192;  // in a piece of work
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+// N values of type T, 64 bytes of them where N is not 1, from memory and back.
+template <typename T, int N>
+using Vector __attribute__((vector_size(N * sizeof(T)))) = T;
+
+template <typename T, int N>
+inline Vector<T, N> Load(const T* from) {
+  Vector<T, N> value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+template <typename T, int N>
+inline Vector<T, N> Load(const Bfloat16* from) {
+  static_assert(std::is_same_v<T, float>);
+  const auto bits = __builtin_convertvector(
+      (Load<uint16_t, N>(reinterpret_cast<const uint16_t*>(from))), Vector<uint32_t, N>);
+  return reinterpret_cast<Vector<T, N>>(bits << 16);
+}
+
+template <typename T, int N>
+inline void Store(Vector<T, N> value, T* to) {
+  std::memcpy(to, &value, sizeof(value));
+}
+
+template <typename T, int N>
+inline void Store(Vector<T, N> value, Bfloat16* to) {
+  auto bits = reinterpret_cast<Vector<uint32_t, N>>(value);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+  const auto half = __builtin_convertvector(bits, Vector<uint16_t, N>);
+  std::memcpy(to, &half, sizeof(half));
+}
+
+// y <- outer (A s) + inner x, where s and y may be of another type than x.
+template <typename T, typename S, typename Y>
+struct Layer {
+  int64_t num_nodes, num_edges, d;
+  const int32_t* splits;
+  const int32_t* columns;
+  const T* weights;
+  const S* source;  // s [num_nodes, d]
+  const T* outer;   // [1] or [d], or null for one
+  const T* inner;   // [1] or [d]
+  const T* x;       // [num_nodes, d]
+  Y* y;             // [num_nodes, d]
+  bool by_column;   // whether the factors are [d]
+};
+
+// Row `row` in M vectors of N columns from column `first` on.
+template <int N, int M, typename T, typename S, typename Y>
+inline void Columns(const Layer<T, S, Y>& layer, int64_t row, int64_t first) {
+  Vector<T, N> sum[M] = {};
+  const int64_t end = layer.splits[row + 1];
+  for (int64_t edge = layer.splits[row]; edge < end; ++edge) {
+    if (edge + kAhead < layer.num_edges) {
+      const S* next = layer.source + layer.columns[edge + kAhead] * layer.d + first;
+      for (int64_t at = 0; at < M * N; at += 64 / sizeof(S)) __builtin_prefetch(next + at);
+    }
+    const S* from = layer.source + layer.columns[edge] * layer.d + first;
+    const T weight = layer.weights[edge];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) sum[m] += weight * Load<T, N>(from + m * N);
+  }
+  const int64_t at = row * layer.d + first;
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    auto factor = [&](const T* c) {
+      return layer.by_column ? Load<T, N>(c + first + m * N) : Vector<T, N>{} + c[0];
+    };
+    if (layer.outer) sum[m] *= factor(layer.outer);
+    sum[m] += factor(layer.inner) * Load<T, N>(layer.x + at + m * N);
+    Store<T, N>(sum[m], layer.y + at + m * N);
+  }
+}
+
+template <typename T, typename S, typename Y>
+void Rows(const Layer<T, S, Y>& layer, int64_t begin, int64_t end) {
+  constexpr int N = 64 / sizeof(T);
+  for (int64_t row = begin; row < end; ++row) {
+    int64_t first = 0;
+    for (; first + 4 * N <= layer.d; first += 4 * N) Columns<N, 4>(layer, row, first);
+    for (; first + N <= layer.d; first += N) Columns<N, 1>(layer, row, first);
+    for (; first < layer.d; ++first) Columns<1, 1>(layer, row, first);
+  }
+}
+
+// Pieces of work that the calling thread and any idle ones of the pool take in turn. The
+// caller waits for pieces alone, not for threads: those that come late find nothing to do.
+class Pieces {
+ public:
+  Pieces(int64_t count, std::function<void(int64_t)> work) : count_(count), work_(work) {}
+
+  void Take() {
+    for (int64_t piece; (piece = next_.fetch_add(1)) < count_;) {
+      work_(piece);
+      if (done_.fetch_add(1) + 1 == count_) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        finished_.notify_all();
+      }
+    }
+  }
+
+  void Wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    finished_.wait(lock, [this] { return done_.load() == count_; });
+  }
+
+ private:
+  const int64_t count_;
+  const std::function<void(int64_t)> work_;
+  std::atomic<int64_t> next_{0}, done_{0};
+  std::mutex mutex_;
+  std::condition_variable finished_;
+};
+
+template <typename T, typename S, typename Y>
+void Apply(ffi::ThreadPool& pool, const Layer<T, S, Y>& layer) {
+  // Rows are divided so that each piece has about as much to gather and to write.
+  const int64_t total = layer.num_edges + layer.num_nodes;
+  const int64_t count = std::max<int64_t>(1, total / kEdges);
+  auto start = [&layer, total, count](int64_t piece) {
+    int64_t low = 0, high = layer.num_nodes;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      const bool before = layer.splits[middle] + middle < piece * total / count;
+      (before ? low : high) = middle + before;
+    }
+    return low;
+  };
+  auto pieces = std::make_shared<Pieces>(count, [&layer, start, count](int64_t piece) {
+    Rows(layer, start(piece), piece + 1 == count ? layer.num_nodes : start(piece + 1));
+  });
+  const int64_t helpers = std::min(pool.num_threads() - 1, count - 1);
+  for (int64_t helper = 0; helper < helpers; ++helper)
+    pool.Schedule([pieces] { pieces->Take(); });
+  pieces->Take();
+  pieces->Wait();
+}
+
+template <ffi::DataType kType, ffi::DataType kMessage>
+ffi::Error Polynomial(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> splits,
+                      ffi::Buffer<ffi::S32> columns, ffi::Buffer<kType> weights,
+                      ffi::Buffer<kType> coefficients, ffi::Buffer<kType> x,
+                      ffi::ResultBuffer<kType> y, ffi::ResultBuffer<kMessage> scratch) {
+  constexpr bool kSame = kType == kMessage;
+  using T = ffi::NativeType<kType>;
+  using S = std::conditional_t<kSame, T, Bfloat16>;
+  const int64_t num_nodes = x.dimensions()[0], d = x.dimensions()[1], size = num_nodes * d;
+  const int64_t num_layers = coefficients.dimensions()[0] - 1;
+  const int64_t stride = coefficients.dimensions()[1];
+  if (static_cast<int64_t>(splits.element_count()) != num_nodes + 1 ||
+      static_cast<int64_t>(scratch->element_count()) != (kSame ? size : 2 * size) ||
+      (stride != 1 && stride != d) || num_layers < 1)
+    return ffi::Error::InvalidArgument("shapes do not fit together");
+  // Tables that only travel along edges: `messages` holds the one before, `other` the next.
+  S* const scratch_data = reinterpret_cast<S*>(scratch->untyped_data());
+  const S* messages;
+  S* other = scratch_data;
+  if constexpr (kSame) {
+    messages = x.typed_data();
+  } else {
+    for (int64_t i = 0; i < size; ++i) Store<T, 1>(Load<T, 1>(x.typed_data() + i), other + i);
+    messages = other;
+    other += size;
+  }
+  const T* outer = coefficients.typed_data() + num_layers * stride;
+  auto layer = [&](int64_t l, auto* to) {
+    Apply(pool, Layer<T, S, std::remove_pointer_t<decltype(to)>>{
+                    num_nodes, static_cast<int64_t>(columns.element_count()), d,
+                    splits.typed_data(), columns.typed_data(), weights.typed_data(), messages,
+                    outer, coefficients.typed_data() + l * stride, x.typed_data(), to,
+                    stride > 1});
+    outer = nullptr;
+  };
+  for (int64_t l = num_layers - 1; l > 0; --l) {
+    if constexpr (kSame) {
+      // The result's own table is free until the last layer, which must not read from it.
+      other = l % 2 ? scratch_data : y->typed_data();
+    }
+    S* const written = other;
+    layer(l, written);
+    if constexpr (!kSame) other = const_cast<S*>(messages);
+    messages = written;
+  }
+  layer(0, y->typed_data());
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#define SEVO_POLYNOMIAL(name, type, message)                     \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, (Polynomial<type, message>), \
+                                ffi::Ffi::Bind()                 \
+                                    .Ctx<ffi::ThreadPool>()      \
+                                    .Arg<ffi::Buffer<ffi::S32>>() \
+                                    .Arg<ffi::Buffer<ffi::S32>>() \
+                                    .Arg<ffi::Buffer<type>>()    \
+                                    .Arg<ffi::Buffer<type>>()    \
+                                    .Arg<ffi::Buffer<type>>()    \
+                                    .Ret<ffi::Buffer<type>>()    \
+                                    .Ret<ffi::Buffer<message>>())
+
+SEVO_POLYNOMIAL(sevo_polynomial_float32, ffi::F32, ffi::F32);
+SEVO_POLYNOMIAL(sevo_polynomial_float64, ffi::F64, ffi::F64);
+SEVO_POLYNOMIAL(sevo_polynomial_float32_bfloat16, ffi::F32, ffi::BF16);

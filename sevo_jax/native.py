@@ -1,0 +1,84 @@
+"""Compressed rows with a compiled product for the CPU, from `native.cc`.
+
+Opt-in: `python -m sevo_jax.compile` builds it once, and `layout="auto"` takes it from then on.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+from sevo_jax.layouts import Rows
+
+SOURCE = Path(__file__).with_name("native.cc")
+COMMAND = "python -m sevo_jax.compile"
+_TARGETS = ("float32", "float64", "float32_bfloat16")
+
+
+def library() -> Path:
+    """Where the compiled library belongs: a file of this source, jaxlib and processor alone."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    processor = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():  # the compiler uses all that this very processor can do
+        lines = cpuinfo.read_text().splitlines()
+        processor += next((s for s in lines if s.startswith(("flags", "Features"))), "")
+    parts = SOURCE.read_bytes(), jaxlib.__version__.encode(), processor.encode()
+    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    return Path(cache) / "sevo_jax" / f"native-{name}.so"
+
+
+def is_built() -> bool:
+    """Whether the command has been run, and for what is installed now."""
+    return library().exists()
+
+
+@functools.cache
+def _register(path: Path) -> None:
+    """Loads the library and makes its functions known to XLA, once in a process."""
+    if not path.exists():
+        raise RuntimeError(
+            f'`layout="compiled"` needs a library that is not built. Run `{COMMAND}`, or '
+            'take `layout="rows"`.'
+        )
+    loaded = ctypes.cdll.LoadLibrary(str(path))
+    for target in _TARGETS:
+        capsule = jax.ffi.pycapsule(getattr(loaded, f"sevo_polynomial_{target}"))
+        jax.ffi.register_ffi_target(f"sevo_polynomial_{target}", capsule, platform="cpu")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compiled(Rows):
+    """All layers of psi in one compiled call; elsewhere than on a CPU as `Rows`."""
+
+    def one_table(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+        if len(coefficients) == 1 or x.dtype not in (jnp.float32, jnp.float64):
+            return super().one_table(coefficients, x)
+        _register(library())
+        return jax.lax.platform_dependent(
+            self, coefficients, x, cpu=_polynomial, default=Rows.one_table
+        )
+
+
+def _polynomial(adjacency: Compiled, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+    dtype = str(x.dtype)
+    result = scratch = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    if adjacency.messages == "bfloat16" and dtype == "float32":
+        dtype += "_bfloat16"
+        scratch = jax.ShapeDtypeStruct((2, *x.shape), jnp.bfloat16)
+    y, _ = jax.ffi.ffi_call(f"sevo_polynomial_{dtype}", (result, scratch))(
+        adjacency.row_splits,
+        adjacency.columns,
+        adjacency.weights.astype(x.dtype),
+        coefficients.astype(x.dtype).reshape(len(coefficients), -1),
+        x,
+    )
+    return y
