@@ -89,7 +89,7 @@ def normalized_adjacency(
         raise ValueError(
             f"`normalized_adjacency`: `messages` is None or 'bfloat16', got {messages!r}."
         )
-    if messages and form not in (Edges, native.Compiled):
+    if messages and not issubclass(form, Edges | native.Compiled):
         raise ValueError(
             "`normalized_adjacency`: `messages` in bfloat16 need the layout 'edges' or "
             f"'compiled', but `layout` {layout!r} takes {form.__name__}."
@@ -97,7 +97,9 @@ def normalized_adjacency(
     weights = weights.astype(jnp.result_type(float))
     edges = _pad(receivers, senders, weights, num_nodes, capacity)
     adjacency = form.from_edges(*edges, num_nodes)
-    return dataclasses.replace(adjacency, messages=messages) if messages else adjacency
+    if messages and isinstance(adjacency, Edges | native.Compiled):
+        return dataclasses.replace(adjacency, messages=messages)
+    return adjacency
 
 
 def _fastest() -> Layout:
