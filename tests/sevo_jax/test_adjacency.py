@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sevo_jax
-from sevo_jax import layouts, native
+from sevo_jax import layouts, native, padded
 from sevo_jax.adjacency import LAYOUTS
 from sevo_jax.compile import compile_library
 from tests.helpers import dense, random_graph, reference_normalized
@@ -31,6 +31,15 @@ def library(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield compile_library() if HAS_COMPILER else None
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request, monkeypatch):
+    """The padded layout is long to compile; in narrower rows it is less so."""
+    monkeypatch.setattr(padded, "_WIDTHS", (8, 4))
+    jax.config.update("jax_disable_most_optimizations", "padded" in request.node.name)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 BETAS = {"scalar": 0.7, "per column": np.array([0.0, 0.5, 0.99])}
@@ -202,8 +211,9 @@ def test_padding_edges_spread_no_nan(layout):
 
 
 @pytest.mark.parametrize("num_leaves", [0, 16, 33, 600])
-def test_padded_rows_of_many_neighbours(num_leaves):
+def test_padded_rows_of_many_neighbours(num_leaves, monkeypatch):
     """A hub's neighbours fill many rows, whose sums fill several in turn."""
+    monkeypatch.setattr(padded, "_WIDTHS", (32, 4))  # as users have it
     star = sevo_jax.bipartite_graph(
         np.zeros(num_leaves, int), np.arange(num_leaves), 1, num_leaves + 1
     )
