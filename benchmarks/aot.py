@@ -63,7 +63,7 @@ class Step:
     needed: float  # bytes of memory of one device, all together
     use: Use | None = None
     flops: float | None = None  # of one device; the CUDA compiler does not tell
-    collectives: dict[str, tuple[int, int]] | None = None
+    collectives: dict[str, tuple[int, int]] | None = None  # None if the compiler does not tell
 
     @property
     def fits(self) -> bool:
@@ -88,7 +88,10 @@ def compile_step(name: str, size: Size) -> Step:
     memory = compiled.memory_analysis()
     use = Use(*(getattr(memory, f"{part}_size_in_bytes") for part in parts))
     flops = (compiled.cost_analysis() or {}).get("flops")
-    moved = collectives(compiled.as_text())
+    try:
+        moved = collectives(compiled.as_text())
+    except jax.errors.JaxRuntimeError:
+        moved = None  # jaxlib 0.10 cannot print the asynchronous collectives of v5p
     return Step(name, size, seconds, use.total, use, flops, moved)
 
 
@@ -153,10 +156,12 @@ def row(step: Step) -> list[str]:
     if use is None:
         return [*cells, "", "", "", f"{step.needed / 1e9:.3f}", fits, "", "", "", end]
     memory = (use.arguments, use.temporary, use.outputs - use.reused, use.total)
-    moved = ", ".join(
-        f"{number} {kind} ({size / 1e6:.3g} MB)"
-        for kind, (number, size) in sorted((step.collectives or {}).items())
-    )
+    moved = "not told"
+    if step.collectives is not None:
+        moved = ", ".join(
+            f"{number} {kind} ({size / 1e6:.3g} MB)"
+            for kind, (number, size) in sorted(step.collectives.items())
+        )
     flops = "" if step.flops is None else f"{step.flops / 1e9:.3g}"
     least = f"{(use.arguments + use.outputs) / device.bandwidth / 1e6:.3g}"
     memory = [f"{part / 1e9:.3f}" for part in memory]

@@ -90,7 +90,9 @@ def test_a_row_adds_up_what_a_device_holds():
     assert cells["ms at least"] == "6.11"  # 5 GB at 819 GB/s
     assert row(_step("v5e", 12.26e9))[HEAD.index("fits")] == "**no**, of 16"
     assert row(_step("h200", 12.26e9))[HEAD.index("fits")] == "yes, of 141"
-    assert row(_step("h200", 0.0, collectives={}))[HEAD.index("collectives")] == "none"
+    place = HEAD.index("collectives")
+    assert row(_step("h200", 0.0, collectives={}))[place] == "none"
+    assert row(_step("h200", 0.0))[place] == "not told"
 
 
 def test_the_page_has_a_line_for_each_step():
