@@ -43,7 +43,7 @@ def normalized_adjacency(
       graph: a graph of non-negative symmetric weights, both directions stored, with
         concrete arrays. A prepared adjacency is returned as it is.
       layout: `"edges"` (segment sums), `"rows"` (compressed rows), `"dense"`, `"padded"`
-        (gathers in a fixed order: runs on a GPU then repeat to the bit), `"compiled"` (rows
+        (gathers and sums in a fixed order, without atomics on a GPU), `"compiled"` (rows
         with a product in C++, for CPUs, once `python -m sevo_jax.compile` has built it), or
         `"auto"`, which takes `"compiled"` on a CPU if it is built and `"rows"` if not, and
         `"edges"` elsewhere.
@@ -89,7 +89,7 @@ def normalized_adjacency(
         raise ValueError(
             f"`normalized_adjacency`: `messages` is None or 'bfloat16', got {messages!r}."
         )
-    if messages and not issubclass(form, Edges | native.Compiled):
+    if messages and form not in (Edges, native.Compiled):
         raise ValueError(
             "`normalized_adjacency`: `messages` in bfloat16 need the layout 'edges' or "
             f"'compiled', but `layout` {layout!r} takes {form.__name__}."
@@ -97,13 +97,13 @@ def normalized_adjacency(
     weights = weights.astype(jnp.result_type(float))
     edges = _pad(receivers, senders, weights, num_nodes, capacity)
     adjacency = form.from_edges(*edges, num_nodes)
-    if messages and isinstance(adjacency, Edges | native.Compiled):
+    if isinstance(adjacency, Edges | native.Compiled):
         return dataclasses.replace(adjacency, messages=messages)
     return adjacency
 
 
 def _fastest() -> Layout:
-    """By time for psi of a table of 64 columns, see benchmarks/RESULTS.md."""
+    """By time for psi of a table of 64 columns, see RESULTS.md, "Speed"."""
     if jax.default_backend() != "cpu":
         return "edges"
     return "compiled" if native.is_built() else "rows"

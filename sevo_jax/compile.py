@@ -13,10 +13,14 @@ from sevo_jax.native import SOURCE, library
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 
 
+def find_compiler() -> str | None:
+    """That of the environment variable `CXX`, or else `c++`, `g++` or `clang++`."""
+    found = map(shutil.which, ("c++", "g++", "clang++"))
+    return os.environ.get("CXX") or next(filter(None, found), None)
+
+
 def compile_library() -> Path:
     """Compiles `native.cc` for this machine into the user's cache, unless it is there.
-
-    The compiler is that of the environment variable `CXX`, or else `c++`, `g++` or `clang++`.
 
     Returns:
       The path of the library.
@@ -27,9 +31,7 @@ def compile_library() -> Path:
     path = library()
     if path.exists():
         return path
-    compiler = os.environ.get("CXX") or next(
-        (found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None
-    )
+    compiler = find_compiler()
     if compiler is None:
         raise RuntimeError(
             "Found no C++ compiler: neither `CXX` in the environment nor c++, g++ or clang++. "

@@ -1,7 +1,8 @@
 """How a normalised adjacency is stored and multiplied: one class per layout.
 
-A layout is a registered pytree of arrays alone. All that is static follows from their
-shapes, so a program compiled for one graph serves every graph of the same capacity.
+A layout is a registered pytree of arrays. All that is static follows from their shapes, but for
+the precision of messages, so a program compiled for one graph serves every graph of the same
+capacity.
 """
 
 import abc
@@ -28,9 +29,6 @@ class Adjacency(abc.ABC):
     """A symmetric matrix A~ `[num_nodes, num_nodes]` that can be applied to a table."""
 
     isolated: jax.Array  # [num_nodes] bool: rows of A~ that are zero
-    # In "bfloat16", rows of a float32 table travel along edges in half precision. Sums are of
-    # float32 all the same. `Edges` and `Compiled` have the choice.
-    messages: str | None = None
 
     @classmethod
     @abc.abstractmethod
@@ -62,10 +60,6 @@ def _horner(
     return y
 
 
-def _static() -> Any:
-    return dataclasses.field(default=None, metadata={"static": True})
-
-
 def isolated_rows(receivers: np.ndarray, weights: np.ndarray, num_nodes: int) -> np.ndarray:
     """Which nodes have no edge of a weight, bool `[num_nodes]`."""
     return np.bincount(receivers, weights != 0, minlength=num_nodes) == 0
@@ -85,7 +79,8 @@ class Edges(Adjacency):
     senders: jax.Array  # [num_edges] int32
     weights: jax.Array  # [num_edges]
     isolated: jax.Array  # [num_nodes] bool
-    messages: str | None = _static()
+    # "bfloat16" lets rows of a float32 table travel along edges in half precision.
+    messages: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def from_edges(
@@ -174,7 +169,6 @@ class Rows(Adjacency):
     columns: jax.Array  # [num_edges] int32, of the type of row_splits or BCSR is slow
     weights: jax.Array  # [num_edges]
     isolated: jax.Array  # [num_nodes] bool
-    messages: str | None = _static()
 
     @classmethod
     def from_edges(

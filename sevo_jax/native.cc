@@ -181,16 +181,19 @@ ffi::Error Polynomial(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> splits,
       static_cast<int64_t>(scratch->element_count()) != (kSame ? size : 2 * size) ||
       (stride != 1 && stride != d) || num_layers < 1)
     return ffi::Error::InvalidArgument("shapes do not fit together");
-  // Tables that only travel along edges: `messages` holds the one before, `other` the next.
-  S* const scratch_data = reinterpret_cast<S*>(scratch->untyped_data());
+  // Each layer but the last, 0, writes the table of its parity, from which the next one reads.
+  // The result's own table may be one of them: layer 1 writes the other.
+  S* const space = reinterpret_cast<S*>(scratch->untyped_data());
+  S* tables[2];
   const S* messages;
-  S* other = scratch_data;
   if constexpr (kSame) {
+    tables[0] = y->typed_data(), tables[1] = space;
     messages = x.typed_data();
   } else {
-    for (int64_t i = 0; i < size; ++i) Store<T, 1>(Load<T, 1>(x.typed_data() + i), other + i);
-    messages = other;
-    other += size;
+    tables[0] = space, tables[1] = space + size;
+    S* const rounded = tables[num_layers % 2];
+    for (int64_t i = 0; i < size; ++i) Store<T, 1>(Load<T, 1>(x.typed_data() + i), rounded + i);
+    messages = rounded;
   }
   const T* outer = coefficients.typed_data() + num_layers * stride;
   auto layer = [&](int64_t l, auto* to) {
@@ -202,14 +205,8 @@ ffi::Error Polynomial(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> splits,
     outer = nullptr;
   };
   for (int64_t l = num_layers - 1; l > 0; --l) {
-    if constexpr (kSame) {
-      // The result's own table is free until the last layer, which must not read from it.
-      other = l % 2 ? scratch_data : y->typed_data();
-    }
-    S* const written = other;
-    layer(l, written);
-    if constexpr (!kSame) other = const_cast<S*>(messages);
-    messages = written;
+    layer(l, tables[l % 2]);
+    messages = tables[l % 2];
   }
   layer(0, y->typed_data());
   return ffi::Error::Success();

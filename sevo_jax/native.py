@@ -24,20 +24,25 @@ _TARGETS = ("float32", "float64", "float32_bfloat16")
 
 def library() -> Path:
     """Where the compiled library belongs: a file of this source, jaxlib and processor alone."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    processor = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():  # the compiler uses all that this very processor can do
-        lines = cpuinfo.read_text().splitlines()
-        processor += next((s for s in lines if s.startswith(("flags", "Features"))), "")
-    parts = SOURCE.read_bytes(), jaxlib.__version__.encode(), processor.encode()
+    # Neither needs a home folder to exist, and so preparing a graph does not.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    parts = SOURCE.read_bytes(), jaxlib.__version__.encode(), _processor().encode()
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     return Path(cache) / "sevo_jax" / f"native-{name}.so"
 
 
+@functools.cache
+def _processor() -> str:
+    """What the compiler may use of this very processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    abilities = next((s for s in lines if s.startswith(("flags", "Features"))), "")
+    return platform.machine() + abilities
+
+
 def is_built() -> bool:
     """Whether the command has been run, and for what is installed now."""
-    return library().exists()
+    return os.path.exists(library())
 
 
 @functools.cache
@@ -58,6 +63,8 @@ def _register(path: Path) -> None:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Compiled(Rows):
     """All layers of psi in one compiled call; elsewhere than on a CPU as `Rows`."""
+
+    messages: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     def one_table(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
         if len(coefficients) == 1 or x.dtype not in (jnp.float32, jnp.float64):

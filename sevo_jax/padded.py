@@ -19,7 +19,7 @@ _WIDTHS = 32, 4
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Padded(Adjacency):
-    """Neighbours in rows of fixed width; the same bits in every run on a GPU.
+    """Neighbours in rows of fixed width, summed in a fixed order on every backend.
 
     Segment sums over edges run there as atomic additions, whose order differs from run to run.
     Here node i has row i for its first edges and as many further rows as it needs. These are

@@ -177,7 +177,11 @@ def row_shardings(tree: Any, graph: Sharded) -> Any:
       >>> tuple(shardings["item_embedding"].spec), tuple(shardings["bias"].spec)
       (('rows',), ())
     """
-    _check_sharded("row_shardings", graph)
+    if not isinstance(graph, Sharded):
+        raise TypeError(
+            "`row_shardings` takes the result of `shard_adjacency`, but `graph` is "
+            f"{type(graph).__name__}."
+        )
 
     def sharding(leaf: Any) -> NamedSharding:
         shape = np.shape(leaf)
@@ -187,71 +191,6 @@ def row_shardings(tree: Any, graph: Sharded) -> Any:
         return NamedSharding(graph.mesh, PartitionSpec(*before, *graph.rows))
 
     return jax.tree.map(sharding, tree)
-
-
-def take_rows(table: jax.Array, ids: jax.Array, graph: Sharded) -> jax.Array:
-    """`table[ids]` for a table whose rows are split, in a step whose batch is split as well.
-
-    Each device looks up those of all ids that are among its own rows, and a reduce-scatter
-    hands every device what its share of the batch asked for; in the gradient an all-gather
-    takes its place. Plain indexing leaves the choice to the partitioner, which copies the whole
-    table to every device and adds up whole gradients.
-
-    Args:
-      table: `[num_nodes, ...]`, placed by :func:`row_shardings`.
-      ids: int `[b, ...]`, rows in `[0, num_nodes)`, split along b as the table along its rows.
-      graph: the result of :func:`shard_adjacency`.
-
-    Returns:
-      `[b, ..., ...]`, equal to `table[ids]` to the bit, split along b.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, numpy as np
-      >>> import sevo_jax
-      >>> from sevo_jax.sharding import row_shardings, shard_adjacency, take_rows
-      >>> graph = sevo_jax.item_graph([[0, 1, 2]], num_nodes=8)
-      >>> graph = shard_adjacency(graph, jax.make_mesh((jax.device_count(),), ("rows",)))
-      >>> table = jnp.arange(16.0).reshape(8, 2)
-      >>> table = jax.device_put(table, row_shardings(table, graph))
-      >>> ids = jnp.repeat(jnp.array([5, 1]), jax.device_count())
-      >>> ids = jax.device_put(ids, jax.NamedSharding(graph.mesh, jax.P("rows")))
-      >>> print(np.asarray(take_rows(table, ids, graph))[::jax.device_count()])
-      [[10. 11.]
-       [ 2.  3.]]
-    """
-    _check_sharded("take_rows", graph)
-    if table.shape[:1] != (graph.num_nodes,):
-        raise ValueError(
-            f"`take_rows` takes a `table` with a row for each of {graph.num_nodes} nodes, but "
-            f"got shape {table.shape}."
-        )
-    if graph.rows == PartitionSpec():
-        return table[ids]
-    devices = _size(graph.mesh, graph.axes)
-    if not ids.ndim or ids.shape[0] % devices:
-        raise ValueError(
-            f"`take_rows` takes `ids` whose first axis the {devices} devices divide, but got "
-            f"shape {ids.shape}."
-        )
-
-    def share(rows: jax.Array, ids: jax.Array) -> jax.Array:
-        ids = lax.all_gather(ids, graph.axes, tiled=True)
-        place = ids - lax.axis_index(graph.axes) * len(rows)
-        # A negative index would count from the end: all that is not here lies beyond it.
-        place = jnp.where((place >= 0) & (place < len(rows)), place, len(rows))
-        found = rows.at[place].get(mode="fill", fill_value=0)
-        return lax.psum_scatter(found, graph.axes, tiled=True)
-
-    specs = {"in_specs": (graph.rows, graph.rows), "out_specs": graph.rows}
-    return jax.shard_map(share, mesh=graph.mesh, **specs)(table, ids)
-
-
-def _check_sharded(name: str, graph: Any) -> None:
-    if not isinstance(graph, Sharded):
-        raise TypeError(
-            f"`{name}` takes the result of `shard_adjacency`, but `graph` is "
-            f"{type(graph).__name__}."
-        )
 
 
 def _rows(num_nodes: int, mesh: Mesh, axes: tuple[str, ...]) -> PartitionSpec:

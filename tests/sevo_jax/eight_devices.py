@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sevo_jax
-from sevo_jax.sharding import row_shardings, shard_adjacency, take_rows
+from sevo_jax.sharding import row_shardings, shard_adjacency
 from tests.helpers import random_graph
 
 SOLVER_KWARGS: dict[str, Any] = {"tables": "item", "beta": 0.9, "weight_decay": 0.01}
@@ -76,7 +76,7 @@ def collectives(compiled: Any) -> list[tuple[str, int]]:
     """Kind and size in bytes of the result, on each device, of every collective."""
     kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
     found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", compiled.as_text())
-    sizes = {"f32": 4, "f64": 8, "s32": 4}
+    sizes = {"f32": 4, "f64": 8}
     return [
         (kind, sum(sizes[t] * eval(dims.replace(",", "*")) for t, dims in _shapes(shapes)))
         for shapes, kind in found
@@ -148,33 +148,6 @@ def test_training_equals_one_device(shape, axes, x64):
         rows = NUM_NODES // (8 if axes is None else 4)
         if leaf.shape == (NUM_NODES, DIM):
             assert leaf.addressable_shards[0].data.shape == (rows, DIM)
-
-
-@pytest.mark.parametrize("types", [AUTO, EXPLICIT])
-@pytest.mark.parametrize("shape, axes", [((8,), None), ((2, 4), None), ((2, 4), "more")])
-def test_rows_and_their_gradient_are_those_of_indexing(types, shape, axes):
-    graph = shard_adjacency(random_graph(0, 40), mesh(*shape, types=types), axes=axes)
-    rng = np.random.default_rng(0)
-    table = jnp.asarray(rng.normal(size=(40, 3)), jnp.float32)
-    ids = jnp.asarray(rng.integers(0, 40, (16, 5)))
-    weights = jnp.asarray(rng.integers(-4, 5, (16, 5, 3)), jnp.float32)  # exact sums
-    place = row_shardings(table, graph)
-    split = [jax.device_put(x, place) for x in (table, ids, weights)]
-
-    def total(table, ids, weights, take):
-        return (take(table, ids) * weights).sum()
-
-    take = jax.jit(lambda table, ids: take_rows(table, ids, graph))
-    np.testing.assert_array_equal(take(*split[:2]), table[ids])
-    actual = jax.jit(jax.grad(total), static_argnums=3)(*split, take)
-    expected = jax.grad(total)(table, ids, weights, lambda table, ids: table[ids])
-    np.testing.assert_array_equal(actual, expected)
-    assert actual.sharding.is_equivalent_to(place, 2)
-    # Ids come together, and what was looked up goes back to who asked.
-    found = dict(collectives(take.lower(*split[:2]).compile()))
-    assert "all-reduce" not in found and len(found) == 2
-    whole = shard_adjacency(random_graph(0, 41), mesh(*shape), axes=axes)
-    np.testing.assert_array_equal(take_rows(jnp.eye(41), ids, whole), jnp.eye(41)[ids])
 
 
 def test_stacked_tables_stay_whole(x64):

@@ -1,8 +1,6 @@
 """Every layout against the dense matrix; preparation and its errors."""
 
 import dataclasses
-import os
-import shutil
 from typing import Any
 
 import jax
@@ -14,10 +12,10 @@ import pytest
 import sevo_jax
 from sevo_jax import layouts, native, padded
 from sevo_jax.adjacency import LAYOUTS
-from sevo_jax.compile import compile_library
+from sevo_jax.compile import compile_library, find_compiler
 from tests.helpers import dense, random_graph, reference_normalized
 
-HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++"))) or "CXX" in os.environ
+HAS_COMPILER = find_compiler() is not None
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")
 EVERY_LAYOUT = [
     *sorted(LAYOUTS.keys() - {"compiled"}),
@@ -199,9 +197,8 @@ def test_one_program_for_graphs_of_equal_capacity(layout):
     assert smooth._cache_size() == 1
 
 
-@pytest.mark.parametrize(
-    "layout", [one for one in EVERY_LAYOUT if one != "dense"]
-)  # it adds zeros
+# The dense layout multiplies every entry.
+@pytest.mark.parametrize("layout", [one for one in EVERY_LAYOUT if one != "dense"])
 def test_padding_edges_spread_no_nan(layout):
     graph = sevo_jax.item_graph([[0, 1]], num_nodes=4)
     adjacency = sevo_jax.normalized_adjacency(graph, layout=layout, capacity=10)
@@ -224,13 +221,24 @@ def test_padded_rows_of_many_neighbours(num_leaves, monkeypatch):
     np.testing.assert_allclose(y, _expected(star, x, 0.99), atol=3e-6)
 
 
+def test_auto_takes_rows_on_cpu(monkeypatch, tmp_path):
+    assert jax.default_backend() == "cpu"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert type(sevo_jax.normalized_adjacency(random_graph())) is layouts.Rows
+
+
+def test_a_graph_is_prepared_without_a_home_folder(monkeypatch):
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # the user is in no list
+    assert type(sevo_jax.normalized_adjacency(random_graph())) is layouts.Rows
+
+
 @needs_compiler
 def test_auto_takes_compiled_rows_on_cpu_if_built(library, monkeypatch, tmp_path):
-    assert jax.default_backend() == "cpu"
     assert isinstance(sevo_jax.normalized_adjacency(random_graph()), native.Compiled)
     assert compile_library() == library  # not again
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert type(sevo_jax.normalized_adjacency(random_graph())) is layouts.Rows
     adjacency = sevo_jax.normalized_adjacency(random_graph(), layout="compiled")
     with pytest.raises(RuntimeError, match="Run `python -m sevo_jax.compile`"):
         sevo_jax.smooth(adjacency, jnp.ones((20, 2)))
@@ -319,8 +327,10 @@ def test_leaves_are_arrays_that_a_jitted_function_takes():
         adjacency: Any = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
         leaves = jax.tree.leaves(adjacency)
         assert all(isinstance(leaf, jax.Array) for leaf in leaves)
-        static = [one for one in dataclasses.fields(adjacency) if one.metadata.get("static")]
-        assert len(leaves) + len(static) >= len(dataclasses.fields(adjacency))
+        fields = [f for f in dataclasses.fields(adjacency) if not f.metadata.get("static")]
+        held = [jax.tree.leaves(getattr(adjacency, field.name)) for field in fields]
+        assert len(leaves) == sum(map(len, held))
+        assert layout == "padded" or len(leaves) == len(fields)  # it has several to a field
 
 
 def test_isolated_rows():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import sevo_jax
-from sevo_jax.sharding import Sharded, row_shardings, shard_adjacency, take_rows
+from sevo_jax.sharding import Sharded, row_shardings, shard_adjacency
 from tests.helpers import random_graph
 from tests.sevo_jax import eight_devices
 
@@ -121,13 +121,6 @@ def test_bad_input_of_the_others():
     plain = sevo_jax.normalized_adjacency(random_graph())
     with pytest.raises(TypeError, match="result of `shard_adjacency`, but `graph` is "):
         row_shardings({}, plain)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match="`take_rows` takes the result of `shard_adjacency`"):
-        take_rows(jnp.ones((20, 2)), jnp.arange(2), plain)  # pyright: ignore[reportArgumentType]
-    graph = shard_adjacency(plain, _mesh())
-    with pytest.raises(ValueError, match=r"each of 20 nodes, but got shape \(19, 2\)"):
-        take_rows(jnp.ones((19, 2)), jnp.arange(2), graph)
-    with pytest.raises(ValueError, match=r"the 1 devices divide, but got shape \(\)"):
-        take_rows(jnp.ones((20, 2)), jnp.array(1), graph)
     with pytest.raises(NotImplementedError, match="call `shard_adjacency`"):
         none = np.zeros(0, int)
         Sharded.from_edges(none, none, none, 1)
