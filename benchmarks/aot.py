@@ -172,7 +172,8 @@ def page(steps: Iterable[Step], command: str) -> str:
     """The steps as a page of Markdown."""
     lines = [HEAD, ["---"] * len(HEAD), *map(row, steps)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    versions = records.environment()["versions"]
+    made_on = records.environment()
+    versions = made_on["versions"]
     for package in ("libtpu", "jax-cuda13-plugin"):
         try:
             versions[package] = importlib.metadata.version(package)
@@ -186,7 +187,7 @@ decay. Compiled for devices that were not there; **nothing here ran on a TPU or 
 
     {command}
 
-on a CPU, one core:
+on {made_on["device"]}, {made_on["cores"]} core(s):
 {made}.
 
 Batch {CONFIG.batch_size} users of {CONFIG.max_length} items each, the longest that there can
@@ -202,12 +203,10 @@ the whole graph.
 - {SOURCES}
 - GFLOPs are of one device, by the compiler's account; that for CUDA gives none.
 - Collectives of one step: number, and bytes of the results on each device. psi has the
-  all-to-alls; the rest are the look-up of the batch's rows (`take_rows`), its gradient, and the
-  gradients of the other parameters.
+  all-to-alls; the rest are the look-up of the batch's rows, its gradient, and the gradients of
+  the other parameters, as the partitioner arranges them.
 - "ms at least" is the time to read all arguments and write all outputs once at the memory's
   full bandwidth. It is a bound, no forecast: psi also reads a row for each edge and layer.
-- Plain indexing of the split table fails to scale: the partitioner for CUDA then copies the
-  whole table to every device, and adds up whole gradients.
 """
 
 

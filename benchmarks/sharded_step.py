@@ -16,7 +16,7 @@ from experiments.config import Config
 from experiments.training import round_up
 from models.packing import Packed
 from sevo_jax.layouts import Edges
-from sevo_jax.sharding import Sharded, row_shardings, take_rows
+from sevo_jax.sharding import Sharded, row_shardings
 
 
 class Size(NamedTuple):
@@ -73,7 +73,7 @@ def training_step(size: Size, mesh: Mesh, config: Config) -> tuple[Any, tuple]:
     def loss(params: Any, batch: Batch, key: jax.Array) -> jax.Array:
         ids = jnp.stack([batch.inputs, batch.targets, *jnp.moveaxis(batch.negatives, 2, 0)], 1)
         table = params[TABLE]["embedding"]
-        rows = take_rows(table, ids, graph).reshape(mesh.size, -1, table.shape[1])
+        rows = table[ids].reshape(mesh.size, -1, table.shape[1])
 
         def of_stream(rows: jax.Array, batch: Batch, key: jax.Array) -> jax.Array:
             # To the model the rows that its stream names, in their order, are the whole table.
