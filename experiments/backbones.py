@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 import models
+from experiments.averaging import averaged
 from experiments.batching import TrainData
 from experiments.config import Config
 from experiments.dataset import Split
@@ -138,7 +139,7 @@ def make_optimizer(
       graph: a prepared adjacency, or `None` for a plain optimizer.
       swept: names of `SWEPT` that become entries of the state's `hyperparams`, as
         `optax.inject_hyperparams` makes them, so that each run can have its own value.
-      steps_per_epoch: tells the placement `"switch"` when to.
+      steps_per_epoch: tells the placement `"switch"` and the schedule when to.
     """
     if unknown := set(swept) - set(SWEPT):
         raise ValueError(f"`swept` may name {SWEPT}, got {sorted(unknown)}.")
@@ -158,7 +159,12 @@ def make_optimizer(
     return injected(**{k: float(v) if k in swept else v for k, v in values.items()})
 
 
-def _optimizer(
+def _optimizer(config: Config, *args: Any, **kwargs: Any) -> optax.GradientTransformation:
+    steps = _steps(config, *args, **kwargs)
+    return optax.chain(steps, averaged(config.average_decay)) if config.average_decay else steps
+
+
+def _steps(
     config: Config,
     graph: Any,
     steps_per_epoch: int,
@@ -170,6 +176,12 @@ def _optimizer(
 ) -> optax.GradientTransformation:
     adam: Any = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     rate, decay = learning_rate, weight_decay
+    if config.schedule == "cosine":
+        shape = optax.cosine_decay_schedule(1.0, max(1, config.epochs * steps_per_epoch))
+
+        def rate(count: jax.Array) -> jax.Array:
+            return learning_rate * shape(count)
+
     users_too = config.graph == "users_items"
     psi: Any = {
         "tables": ("user_embedding", TABLE) if users_too else BACKBONES[config.model].tables,

@@ -8,6 +8,7 @@ Optimizer = Literal["adamw", "sevo_adamw", "adam", "sevo_adam", "sgd", "sevo_sgd
 Placement = Literal["update", "gradient", "switch", "both"]
 Touched = Literal["gradient", "batch"]
 Loss = Literal["bce", "bpr", "gbce", "sampled_softmax", "cross_entropy"]
+Schedule = Literal["constant", "cosine"]
 Windows = Literal["last", "prefixes", "whole", "items", "users"]
 # What a model's objective fixes: the cut of the sequences, and the loss.
 _FIXED = {
@@ -25,6 +26,7 @@ _FRACTIONS = (
     "label_smoothing",
     "gbce_t",
     "switch_at",
+    "average_decay",
 )
 
 
@@ -39,6 +41,10 @@ class Config:
     placement: Placement = "update"
     switch_at: float = 0.25  # that first part; for the placement "switch"
     learning_rate: float = 1e-3
+    schedule: Schedule = "constant"  # "cosine" brings the learning rate to 0 in the last step
+    # Validation and test see a running mean of the parameters, which keeps this share of itself
+    # in each step; with 0, the parameters themselves.
+    average_decay: float = 0.0
     weight_decay: float = 0.1  # decoupled for *adamw, L2 in the gradient for the others
     b1: float = 0.9
     b2: float = 0.98

@@ -12,6 +12,7 @@ from experiments.config import (
     Model,
     Optimizer,
     Placement,
+    Schedule,
     Touched,
     Windows,
     preset,
@@ -51,6 +52,10 @@ class Job:
     or `both`; for optimizers with SEvo."""
     switch_at: float | None = None
     learning_rate: float | None = None
+    schedule: Schedule | None = None
+    """`cosine` brings the learning rate to 0 over all epochs."""
+    average_decay: float | None = None
+    """Validate and test a running mean of the parameters; close to 1, such as 0.99."""
     weight_decay: float | None = None
     b1: float | None = None
     b2: float | None = None

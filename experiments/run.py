@@ -246,7 +246,7 @@ def fit_sweep(
                 seconds = (time.perf_counter() - began) / len(logs)
                 log("epoch", epoch, {"loss": progress.loss}, seconds)
             if epoch % config.eval_every == 0 or epoch == config.epochs:
-                found = metrics(rank(state.params, valid_data, 0))
+                found = metrics(rank(state.evaluated, valid_data, 0))
                 progress.valid = found[SELECTION]
                 improved = progress.valid > progress.best
                 state = trainer.keep_best(state, improved)
@@ -258,7 +258,7 @@ def fit_sweep(
             _save(manager, epoch, state, progress)
             report(progress)
     best_ranks = rank(state.best_params, test_data, 1)
-    test, last = metrics(best_ranks), metrics(rank(state.params, test_data, 1))
+    test, last = metrics(best_ranks), metrics(rank(state.evaluated, test_data, 1))
     log("test", progress.best_epoch, test, progress.seconds)
     log("last_test", progress.epoch, last, progress.seconds)
     kinds = {"popularity": target_popularity(split), "lengths": history_lengths(split)}

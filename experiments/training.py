@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from experiments.averaging import averages
 from experiments.batching import TrainData, most_slots
 from experiments.objectives import Objective
 from experiments.ranking import RankingData, rank_targets
@@ -23,7 +24,12 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     key: jax.Array  # [S], the seed's key; an epoch's randomness is folded from it
-    best_params: Params  # at the best validation so far
+    best_params: Params  # what validation saw when it was best
+
+    @property
+    def evaluated(self) -> Params:
+        """What validation and test see: the parameters, or their mean where one is kept."""
+        return averages(self.opt_state, self.params)
 
 
 class Trainer:
@@ -149,9 +155,9 @@ class Trainer:
         return self.objective.loss(module, batch, dropout_key, context)
 
     def keep_best(self, state: TrainState, improved: jax.typing.ArrayLike) -> TrainState:
-        """Takes the parameters as the best so far for the seeds where `improved` `[S]`."""
+        """Takes what validation saw as the best so far for the seeds where `improved` `[S]`."""
         return state._replace(
-            best_params=_where_seed(jnp.asarray(improved), state.params, state.best_params)
+            best_params=_where_seed(jnp.asarray(improved), state.evaluated, state.best_params)
         )
 
     def rank(self, params: Params, data: RankingData, num_slots: int):

@@ -121,7 +121,7 @@ def cross_entropy(
     weights: jax.Array,
     *,
     label_smoothing: float = 0.0,
-    chunk_size: int = 128,
+    chunk_size: int = 256,
 ) -> jax.Array:
     """Soft-max cross-entropy of the positive over the whole catalogue.
 
