@@ -179,7 +179,7 @@ def _steps(
     if config.schedule == "cosine":
         shape = optax.cosine_decay_schedule(1.0, max(1, config.epochs * steps_per_epoch))
 
-        def rate(count: jax.Array) -> jax.Array:
+        def rate(count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
             return learning_rate * shape(count)
 
     users_too = config.graph == "users_items"

@@ -14,13 +14,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import numpy as np
-
 from experiments import study
-from experiments.comparisons import Comparison, Missing, Run, compare, gather, missing
+from experiments.comparisons import Comparison, Missing, compare, gather, missing
 from experiments.figures import curves
 from experiments.markup import made_by, table_html
-from experiments.per_user import bucket_metrics
 from experiments.published import CURVES, published
 from experiments.report import SEEDS, tested
 from experiments.tables import (
@@ -28,6 +25,7 @@ from experiments.tables import (
     Table,
     ablation_of,
     ablation_table,
+    bucket_tables,
     command_of,
     config_of,
     curves_table,
@@ -93,7 +91,7 @@ def render(
         title, anchor = f"{model} on {data}", _anchor(f"{data}-{model}")
         contents.append((anchor, title))
         records = [records for _, records in group]
-        sections.append(_section(title, anchor, records, members, compared, command))
+        sections.append(_section(title, anchor, records, compared, command))
     arms = [pair for pair in found if ablation_of(pair[1])]
     for (data, model, name), group in groupby(arms, key=lambda pair: place_of(pair[1])):
         title = f"{name}: {model} on {data}"
@@ -156,7 +154,6 @@ def _section(
     title: str,
     anchor: str,
     records: list[Records],
-    runs: list[Run],
     pairs: list[Comparison],
     command: str,
 ) -> str:
@@ -168,7 +165,7 @@ def _section(
         table_html("Test metrics", tests, train),
         _figures(title, records, command),
         _comparisons(pairs, command),
-        _buckets(runs, command),
+        _buckets(records, command),
         table_html("Training loss and validation along the way", along, train),
         "</section>",
     ]
@@ -176,16 +173,14 @@ def _section(
 
 
 def _ablation(title: str, arms: list[tuple[Path, Records]], command: str) -> str:
-    """The arms of an ablation: tests, curves, and buckets where the ranks are at hand."""
+    """The arms of an ablation: tests, curves, and metrics by kind of target and of user."""
     records = [run for _, run in arms]
     made = sorted({command_of(run) for run in records})
-    # One at a time: what they differ in may be more than the optimizer.
-    runs = [run for pair in arms for run in gather([pair])]
     parts = [
         f'<section id="{_anchor(title)}"><h2>{escape(title)}</h2>',
         table_html("Test metrics of the arms", ablation_table(records), made),
         _figures(title, records, command),
-        _buckets(runs, command),
+        _buckets(records, command),
         "</section>",
     ]
     return "\n".join(parts)
@@ -271,30 +266,10 @@ def _comparisons(pairs: Sequence[Comparison], command: str) -> str:
     return "\n".join(parts)
 
 
-def _buckets(runs: list[Run], command: str) -> str:
-    """Metrics by kind of target and of user, for runs whose ranks say which is which."""
-    held = [(run.name, run.ranks) for run in runs if run.ranks]
-    parts = []
-    for field, what in (
-        ("popularity", "interactions of the target in training (0: a cold item)"),
-        ("lengths", "length of the user's history"),
-    ):
-        columns = [(name, ranks, getattr(ranks, field)) for name, ranks in held]
-        columns = [column for column in columns if column[2] is not None]
-        if not columns:
-            continue
-        values = columns[0][2]  # users are in the same order in all
-        columns = [column for column in columns if np.array_equal(column[2], values)]
-        found = [bucket_metrics(ranks.ranks, values, names=[METRIC]) for _, ranks, _ in columns]
-        rows = []
-        for buckets in zip(*found, strict=True):
-            low, high, num, _ = buckets[0]
-            scores = [f"{bucket.metrics[METRIC].mean():.4f}" for bucket in buckets]
-            span = f"{low} to {high}" if low < high else str(low)
-            rows.append([span, f"{num:,}", *scores])
-        head = [what, "targets", *(name for name, *_ in columns)]
-        parts.append(table_html(f"Test {METRIC} by {what}", Table(head, rows), [command]))
-    return "\n".join(parts)
+def _buckets(records: Sequence[Records], command: str) -> str:
+    return "\n".join(
+        table_html(caption, table, [command]) for caption, table in bucket_tables(records)
+    )
 
 
 def _missing(found: list[Missing], command: str) -> str:

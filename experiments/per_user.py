@@ -16,8 +16,6 @@ class UserRanks(NamedTuple):
     seeds: np.ndarray  # int64 [num_seeds], distinct
     users: np.ndarray  # int32 [num_users], distinct
     ranks: Ranks  # int32 [num_seeds, num_users] each
-    popularity: np.ndarray | None = None  # int [num_users], the target's training count
-    lengths: np.ndarray | None = None  # int [num_users], of the user's history
 
 
 class Bucket(NamedTuple):
@@ -40,9 +38,7 @@ def read_ranks(path: str | Path) -> UserRanks:
     shape = (len(found["seeds"]), len(found["users"]))
     if ranks.above.shape != shape or ranks.ties.shape != shape:
         raise ValueError(f"`path` {path}: ranks must be {shape}, are {ranks.above.shape}.")
-    return UserRanks(
-        found["seeds"], found["users"], ranks, found.get("popularity"), found.get("lengths")
-    )
+    return UserRanks(found["seeds"], found["users"], ranks)
 
 
 def per_user(ranks: UserRanks, metric: str) -> np.ndarray:
@@ -170,10 +166,5 @@ def _arranged(held: UserRanks, seeds: Sequence[int]) -> UserRanks:
     if lacking := [seed for seed in seeds if seed not in have]:
         raise ValueError(f"a run has the seeds {have}, not {lacking}.")
     rows, order = [have.index(seed) for seed in seeds], np.argsort(held.users, kind="stable")
-
-    def by_user(values: np.ndarray | None) -> np.ndarray | None:
-        return None if values is None else values[order]
-
     ranks = Ranks(*(part[rows][:, order] for part in held.ranks))
-    held_by_user = (by_user(held.popularity), by_user(held.lengths))
-    return UserRanks(np.asarray(seeds), held.users[order], ranks, *held_by_user)
+    return UserRanks(np.asarray(seeds), held.users[order], ranks)

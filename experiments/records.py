@@ -52,9 +52,22 @@ class Log:
         self.pending: list[dict[str, Any]] = []
 
     def add(
-        self, kind: str, epoch: int | np.ndarray, values: dict[str, np.ndarray], seconds: float
+        self,
+        kind: str,
+        epoch: int | np.ndarray,
+        values: dict[str, np.ndarray],
+        seconds: float,
+        **what: Any,
     ) -> None:
-        """One record for each seed; `values` hold an entry `[num_seeds]` for each name."""
+        """One record for each seed.
+
+        Args:
+          kind: `"epoch"`, `"valid"`, `"test"`, `"last_test"` or `"bucket"`.
+          epoch: of all, or `[num_seeds]`.
+          values: an entry `[num_seeds]` for each name.
+          seconds: since the start, or of an epoch.
+          what: the same for all seeds.
+        """
         epochs = np.broadcast_to(epoch, len(self.seeds))
         for i, seed in enumerate(self.seeds):
             record = {
@@ -62,6 +75,7 @@ class Log:
                 "seed": seed,
                 "epoch": int(epochs[i]),
                 "seconds": round(seconds, 3),
+                **what,
                 **{name: float(value[i]) for name, value in values.items()},
             }
             self.pending.append(record if kind == "epoch" else record | self.common)

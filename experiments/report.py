@@ -17,6 +17,7 @@ from experiments.tables import (
     Table,
     ablation_of,
     ablation_table,
+    bucket_tables,
     command_of,
     commands,
     curves_table,
@@ -55,6 +56,8 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
     if presets:
         parts += [_markdown(tests_table(presets)), _markdown(curves_table(presets))]
         parts.append(commands(presets))
+        for (data, model, _), group in groupby(presets, key=place_of):
+            parts += _buckets(group, f"{model} on {data}")
     parts += [*ablations(runs), *studies(kept), END]
     page.write_text(before + "\n\n".join(parts) + after, encoding="utf-8")
     return len(runs) + len(kept)
@@ -66,9 +69,16 @@ def ablations(runs: Sequence[Records]) -> Iterator[str]:
         arms = list(group)
         yield f"### {name}: {model} on {data}"
         yield _markdown(ablation_table(arms))
+        yield from _buckets(arms, name)
         # Not the seconds: arms that were compiled together share theirs.
         made = sorted({f"- `{command_of(arm)}` ({versions_of(arm)})" for arm in arms})
         yield "\n".join(made)
+
+
+def _buckets(runs: Iterable[Records], title: str) -> Iterator[str]:
+    for caption, table in bucket_tables(runs):
+        yield f"{caption}, {title}:"
+        yield _markdown(table)
 
 
 def studies(found: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -119,7 +129,7 @@ def tested(folders: Iterable[str | Path]) -> Iterator[tuple[Path, Records]]:
 
 
 def _thin(record: dict[str, Any]) -> dict[str, Any] | None:
-    if "test" in record["kind"]:
+    if "test" in record["kind"] or record["kind"] == "bucket":
         return record
     if record["epoch"] not in (1, 5, 10) and record["epoch"] % 20:
         return None

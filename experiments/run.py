@@ -35,7 +35,7 @@ from experiments.backbones import (
 from experiments.batching import training_data
 from experiments.config import Config
 from experiments.dataset import Dataset, Split
-from experiments.per_user import history_lengths, target_popularity
+from experiments.per_user import bucket_metrics, history_lengths, target_popularity
 from experiments.ranking import Ranks, collect, metrics, ranking_data
 from experiments.training import Trainer, TrainState
 from sevo_jax import normalized_adjacency
@@ -219,11 +219,13 @@ def fit_sweep(
         for label, one in configs.items()
     ]
 
-    def log(kind: str, epoch: Any, found: dict[str, np.ndarray], seconds: float) -> None:
+    def log(
+        kind: str, epoch: Any, found: dict[str, np.ndarray], seconds: float, **what: Any
+    ) -> None:
         epochs = np.broadcast_to(epoch, len(runs)).reshape(len(logs), -1)
         for i, one in enumerate(logs):
             part = slice(i * len(seeds), (i + 1) * len(seeds))
-            one.add(kind, epochs[i], {k: v[part] for k, v in found.items()}, seconds)
+            one.add(kind, epochs[i], {k: v[part] for k, v in found.items()}, seconds, **what)
 
     def rank(params: Any, data: Any, part: int) -> Ranks:
         return collect(trainer.rank(params, data, num_slots), len(parts[part].targets))
@@ -261,7 +263,12 @@ def fit_sweep(
     test, last = metrics(best_ranks), metrics(rank(state.evaluated, test_data, 1))
     log("test", progress.best_epoch, test, progress.seconds)
     log("last_test", progress.epoch, last, progress.seconds)
-    kinds = {"popularity": target_popularity(split), "lengths": history_lengths(split)}
+    kinds = {"popularity": target_popularity(split), "history": history_lengths(split)}
+    for by, values in kinds.items():
+        for bucket in bucket_metrics(best_ranks, values):
+            span = {"by": by, "low": bucket.low, "high": bucket.high}
+            span["targets"] = bucket.num_targets
+            log("bucket", progress.best_epoch, bucket.metrics, progress.seconds, **span)
     results = []
     for i, (label, one) in enumerate(configs.items()):
         part = slice(i * len(seeds), (i + 1) * len(seeds))
@@ -271,7 +278,6 @@ def fit_sweep(
             folder / label / "ranks.npz",
             seeds=seeds,
             users=parts[1].users,
-            **kinds,
             **ranks,
         )
         best, newest = ({k: v[part] for k, v in found.items()} for found in (test, last))

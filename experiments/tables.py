@@ -3,7 +3,7 @@
 import shlex
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from experiments.config import Config, preset
@@ -101,6 +101,38 @@ def ablation_table(runs: Sequence[Records]) -> Table:
         for run, mean in zip(runs, means, strict=True)
     ]
     return Table(head, rows)
+
+
+_BUCKETS = {
+    "popularity": "interactions of the target in training (0: a cold item)",
+    "history": "length of the user's history",
+}
+
+
+def bucket_tables(runs: Iterable[Records]) -> Iterator[tuple[str, Table]]:
+    """Who gains: test NDCG@10 by popularity of the target and by length of the history.
+
+    Yields a caption and a table with a column for each run, the mean over its seeds. Runs that
+    were tested on other targets than the first are left out.
+    """
+    runs = list(runs)
+    for by, what in _BUCKETS.items():
+        columns: dict[str, dict[tuple[int, int, int], list[float]]] = {}
+        for run in runs:
+            found = defaultdict(list)
+            for r in run:
+                if r["kind"] == "bucket" and r["by"] == by:
+                    found[r["low"], r["high"], r["targets"]].append(r["NDCG@10"])
+            if found and set(found) == set(next(iter(columns.values()), found)):
+                columns[name_of(run)] = found
+        if not columns:
+            continue
+        rows = []
+        for low, high, targets in sorted(next(iter(columns.values()))):
+            scores = [_mean(found[low, high, targets]) for found in columns.values()]
+            span = f"{low} to {high}" if low < high else str(low)
+            rows.append([span, f"{targets:,}", *scores])
+        yield f"Test NDCG@10 by {what}", Table([what, "targets", *columns], rows)
 
 
 def gain(value: float, baseline: float) -> str:

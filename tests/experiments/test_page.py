@@ -44,6 +44,8 @@ def write_run(folder, config, scores, data="amazon_beauty", *, ranks=False, note
         ]
         for kind in ("valid", "test", "last_test"):
             lines.append({"kind": kind} | common | values | described)
+        span = {"by": "history", "low": 3, "high": 5, "targets": USERS}
+        lines.append({"kind": "bucket"} | common | span | values | described)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "records.jsonl").write_text(text)
     if ranks:
@@ -54,8 +56,6 @@ def write_run(folder, config, scores, data="amazon_beauty", *, ranks=False, note
             users=np.arange(USERS),
             above=above,
             ties=np.zeros_like(above),
-            popularity=np.arange(USERS) // 8,
-            lengths=np.arange(USERS) // 10 + 3,
         )
 
 

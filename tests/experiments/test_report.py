@@ -117,3 +117,29 @@ def test_arms_of_an_ablation_have_a_table_of_their_own(runs, tmp_path):
     assert (tmp_path / "results" / "beauty-sasrec-graph" / "narrow.jsonl").exists()
     write_report([tmp_path / "results"], pages[1])
     assert pages[0].read_text() == pages[1].read_text()
+
+
+def test_who_gains(runs, tmp_path):
+    """A column for each run: by popularity of the target and by length of the history."""
+    path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
+    with path.open("a") as file:
+        for seed, score in ((0, 0.2), (1, 0.4)):
+            bucket = {"kind": "bucket", "seed": seed, "epoch": 2, "seconds": 9}
+            for by, low, high in (
+                ("popularity", 0, 0),
+                ("popularity", 1, 7),
+                ("history", 3, 5),
+            ):
+                span = {"by": by, "low": low, "high": high, "targets": 1000 + high}
+                file.write(json.dumps(bucket | span | {"NDCG@10": score + high / 10}) + "\n")
+    page = tmp_path / "RESULTS.md"
+    write_report([runs], page)
+    text = page.read_text()
+    assert "Test NDCG@10 by length of the user's history, sasrec on amazon_beauty:" in text
+    assert "| 0 | 1,000 | 0.3000 ± 0.1414 |" in text
+    assert "| 1 to 7 | 1,007 | 1.0000 ± 0.1414 |" in text
+    assert "| 3 to 5 | 1,005 | 0.8000 ± 0.1414 |" in text
+    keep([runs], tmp_path / "kept")
+    again = tmp_path / "AGAIN.md"
+    write_report([tmp_path / "kept"], again)
+    assert again.read_text() == text

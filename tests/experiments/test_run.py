@@ -57,7 +57,16 @@ def test_records_hold_every_evaluation(finished, split):
         expected += [("epoch", epoch, seed) for seed in (3, 5) if epoch > 0]
         expected += [("valid", epoch, seed) for seed in (3, 5) if epoch in (0, 2, 3)]
     assert kinds[: len(expected)] == expected
-    assert [kind for kind, *_ in kinds[len(expected) :]] == ["test"] * 2 + ["last_test"] * 2
+    last = [kind for kind, *_ in kinds[len(expected) :]]
+    assert last[:4] == ["test"] * 2 + ["last_test"] * 2 and set(last[4:]) == {"bucket"}
+    # Buckets of either kind hold every target once, and so have the test's mean.
+    test = next(r for r in found if r["kind"] == "test" and r["seed"] == 5)
+    for by in ("popularity", "history"):
+        parts = [r for r in found if r.get("by") == by and r["seed"] == 5]
+        targets = [r["targets"] for r in parts]
+        assert len(parts) > 1 and sum(targets) == test["data"]["users"]
+        mean = np.average([r["NDCG@10"] for r in parts], weights=targets)
+        assert mean == pytest.approx(test["NDCG@10"])
     for record in found:
         if record["kind"] != "epoch":
             assert Config(**record["config"]) == TINY
