@@ -123,7 +123,7 @@ def make_trainer(
         graph,
         data,
         batch_size,
-        user_item_graph(split) if config.model == "lightgcn" else None,
+        normalized_adjacency(user_item_graph(split)) if config.model == "lightgcn" else None,
         touched=config.touched == "batch",
     )
 

@@ -1,7 +1,7 @@
 """LightGCN (He et al., SIGIR 2020): a graph network that is nothing but propagation."""
 
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,15 @@ from models.scoring import DotProduct
 # The paper says Xavier; its authors' PyTorch code prefers a plain normal distribution, since
 # the network has no non-linearities.
 INIT_STD = 0.1
+
+
+class Operator(Protocol):
+    """A symmetric matrix A~ as something to multiply with, such as a prepared adjacency of
+    `sevo_jax.normalized_adjacency` (of a graph whose weights are all 1)."""
+
+    def polynomial(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+        """sum_l c_l A~^l x, with coefficients `[L + 1, 1, 1]` and x `[num_nodes, d]`."""
+        ...
 
 
 class LightGCN(DotProduct, nnx.Module):
@@ -54,24 +63,33 @@ class LightGCN(DotProduct, nnx.Module):
         self.user_embedding = table(num_users)
         self.item_embedding = table(num_items)
 
-    def propagate(self, graph: jraph.GraphsTuple) -> tuple[jax.Array, jax.Array]:
+    def propagate(self, graph: jraph.GraphsTuple | Operator) -> tuple[jax.Array, jax.Array]:
         """Users `[num_users, d]` and items `[num_items, d]` as the mean of all layers.
 
         Args:
           graph: nodes are the users, then the items; both directions of an edge are stored.
             Its weights may be counts: whatever is positive is one edge, as in the paper, and
-            an edge of weight 0 is padding. It is normalised here.
+            an edge of weight 0 is padding. It is normalised here. Or an operator that holds
+            the normalised adjacency already, in a form that multiplies fast.
         """
-        layer = total = jnp.concatenate(
+        table = jnp.concatenate(
             [self.user_embedding.embedding[...], self.item_embedding.embedding[...]]
         )
-        normalized: Any = _normalized(graph, len(total))
+        if not isinstance(graph, jraph.GraphsTuple):
+            share = jnp.full((self.num_layers + 1, 1, 1), 1 / (self.num_layers + 1))
+            mean = graph.polynomial(share.astype(table.dtype), table)
+        else:
+            mean = self._mean_of_layers(_normalized(graph, len(table)), table)
+        users, items = jnp.split(mean, [self.num_users])
+        return users, items
+
+    def _mean_of_layers(self, normalized: Any, table: jax.Array) -> jax.Array:
+        layer = total = table
         for _ in range(self.num_layers):
             messages = normalized.edges[:, None] * layer[normalized.senders]
             layer = jraph.segment_sum(messages, normalized.receivers, len(layer))
             total += layer
-        users, items = jnp.split(total / (self.num_layers + 1), [self.num_users])
-        return users, items
+        return total / (self.num_layers + 1)
 
 
 def _normalized(graph: Any, num_nodes: int) -> jraph.GraphsTuple:

@@ -11,11 +11,12 @@ from flax import nnx
 
 from models import LightGCN
 from models.lightgcn import INIT_STD
-from sevo_jax import bipartite_graph
+from sevo_jax import bipartite_graph, normalized_adjacency
 from tests.models.toys import (
     PRECISIONS,
     abstract,
     assert_normal,
+    assert_same_tree,
     initial_params,
     paths,
     precision,
@@ -76,6 +77,23 @@ def test_propagation(dtype, atol, num_layers):
         np.testing.assert_allclose(items, expected_items, rtol=0, atol=atol)
         own = params["user_embedding"]["embedding"][3] / (num_layers + 1)
         np.testing.assert_allclose(users[3], own, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["edges", "rows", "dense"])
+def test_a_prepared_adjacency_propagates_alike(layout):
+    module = build(num_layers=3)
+    params, run = random_params(module), propagation(module)
+    users, items = np.array([(u, i) for u, chosen in NEIGHBOURS.items() for i in chosen]).T
+    graph: Any = bipartite_graph(users, items, NUM_USERS, NUM_ITEMS)
+    prepared = normalized_adjacency(graph, layout=layout)
+
+    def loss(params, graph):
+        users, items = run(params, graph)
+        return jnp.sum(users**2) + jnp.sum(users[:2] @ items.T)
+
+    assert_same_tree(run(params, prepared), run(params, GRAPH), 1e-6)
+    actual, expected = (jax.jit(jax.grad(loss))(params, one) for one in (prepared, GRAPH))
+    assert_same_tree(actual, expected, 1e-5)
 
 
 def test_square_roots_of_the_degrees_stay():
