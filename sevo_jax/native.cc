@@ -27,6 +27,9 @@ namespace {
 
 constexpr int64_t kAhead = 24;    // edges between the request for a row and its use
 constexpr int64_t kEdges = 8192;  // in a piece of work
+// Bytes of a table from which on its copy in large pages pays: at 41 MB it did, and what lies
+// between that and 3 MB has not been measured.
+constexpr size_t kCopied = 16 << 20;
 
 struct Bfloat16 {
   uint16_t bits;
@@ -187,15 +190,16 @@ void Apply(ffi::ThreadPool& pool, const Layer<T, S, Y>& layer) {
   });
 }
 
-// x [size] in the precision of the messages.
-void Round(ffi::ThreadPool& pool, const float* x, Bfloat16* rounded, int64_t size) {
-  constexpr int N = 16;
+// A copy of x [size] in the precision of the messages.
+template <typename T, typename S>
+void Copy(ffi::ThreadPool& pool, const T* x, S* copy, int64_t size) {
+  constexpr int N = 64 / sizeof(T);
   constexpr int64_t kPiece = 1 << 18;
   Share(pool, (size + kPiece - 1) / kPiece, [=](int64_t piece) {
     int64_t i = piece * kPiece;
     const int64_t end = std::min(size, i + kPiece);
-    for (; i + N <= end; i += N) Store<float, N>(Load<float, N>(x + i), rounded + i);
-    for (; i < end; ++i) Store<float, 1>(Load<float, 1>(x + i), rounded + i);
+    for (; i + N <= end; i += N) Store<T, N>(Load<T, N>(x + i), copy + i);
+    for (; i < end; ++i) Store<T, 1>(Load<T, 1>(x + i), copy + i);
   });
 }
 
@@ -223,12 +227,15 @@ ffi::Error Polynomial(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> splits,
   const S* messages;
   if constexpr (kSame) {
     tables[0] = y->typed_data(), tables[1] = space;
-    messages = x.typed_data();
   } else {
     tables[0] = space, tables[1] = space + size;
-    S* const rounded = tables[num_layers % 2];
-    Round(pool, x.typed_data(), rounded, size);
-    messages = rounded;
+  }
+  // The first layer reads x from a copy, if it must be rounded or is worth large pages.
+  if (kSame && x.size_bytes() < kCopied) {
+    messages = reinterpret_cast<const S*>(x.untyped_data());
+  } else {
+    messages = tables[num_layers % 2];
+    Copy(pool, x.typed_data(), tables[num_layers % 2], size);
   }
   const T* outer = coefficients.typed_data() + num_layers * stride;
   auto layer = [&](int64_t l, auto* to) {

@@ -308,6 +308,18 @@ def test_compiled_rows_of_any_width(num_layers, d, library):
     np.testing.assert_allclose(y, _expected(graph, x, beta, num_layers), atol=3e-6)
 
 
+@needs_compiler
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_compiled_rows_of_a_large_table(num_layers, library):
+    """Of 16 MiB and more the first layer reads a copy."""
+    graph, x = random_graph(), _table(20, 220_001)
+    adjacency = sevo_jax.normalized_adjacency(graph, layout="compiled")
+    table = jnp.asarray(x, jnp.float32)
+    assert table.nbytes >= 16 << 20
+    y = sevo_jax.smooth(adjacency, table, num_layers=num_layers)
+    np.testing.assert_allclose(y, _expected(graph, x, 0.99, num_layers), atol=3e-6)
+
+
 @pytest.mark.parametrize("layout", ["edges", pytest.param("compiled", marks=needs_compiler)])
 def test_messages_in_half_precision(layout, library):
     graph, x = random_graph(), _table(20, 67)
