@@ -172,6 +172,29 @@ def test_rows_use_the_native_product():
         assert "scatter" not in text and "gather(" not in text
 
 
+@pytest.mark.parametrize(
+    "layout, messages",
+    [
+        ("rows", None),
+        pytest.param("compiled", None, marks=needs_compiler),
+        pytest.param("compiled", "bfloat16", marks=needs_compiler),
+    ],
+)
+def test_what_auto_takes_on_cpu_needs_one_more_table(layout, messages, library):
+    """Temporary memory is 1.1 tables at most: no edges x d array, which here has 40 of them."""
+    num_nodes, d = 1000, 64
+    rng = np.random.default_rng(0)
+    graph: Any = sevo_jax.item_graph(
+        rng.integers(0, num_nodes, (400, 60)), num_nodes=num_nodes, window=60
+    )
+    assert len(graph.edges) > 40 * num_nodes
+    adjacency = sevo_jax.normalized_adjacency(graph, layout=layout, messages=messages)
+    x = jax.ShapeDtypeStruct((num_nodes, d), jnp.float32)
+    compiled: Any = jax.jit(sevo_jax.smooth).lower(adjacency, x).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary <= 1.1 * num_nodes * d * 4
+
+
 @pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_second_call_outside_of_jit_compiles_nothing(layout, caplog):
     adjacency = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
@@ -283,6 +306,18 @@ def test_compiled_rows_of_any_width(num_layers, d, library):
         adjacency, jnp.asarray(x, jnp.float32), beta=jnp.asarray(beta), num_layers=num_layers
     )
     np.testing.assert_allclose(y, _expected(graph, x, beta, num_layers), atol=3e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_compiled_rows_of_a_large_table(num_layers, library):
+    """Of 16 MiB and more the first layer reads a copy."""
+    graph, x = random_graph(), _table(20, 220_001)
+    adjacency = sevo_jax.normalized_adjacency(graph, layout="compiled")
+    table = jnp.asarray(x, jnp.float32)
+    assert table.nbytes >= 16 << 20
+    y = sevo_jax.smooth(adjacency, table, num_layers=num_layers)
+    np.testing.assert_allclose(y, _expected(graph, x, 0.99, num_layers), atol=3e-6)
 
 
 @pytest.mark.parametrize("layout", ["edges", pytest.param("compiled", marks=needs_compiler)])
