@@ -142,6 +142,13 @@ def split_graph(graph: Any, mesh: Mesh) -> Sharded:
     return shard_adjacency(graph._replace(n_node=np.array([num_nodes])), mesh)
 
 
+def trim(params: Params, shapes: Params) -> Params:
+    """Parameters without free rows, as `shapes` of a module has them."""
+    return jax.tree.map(
+        lambda leaf, like: leaf[: like.shape[0]] if like.ndim else leaf, params, shapes
+    )
+
+
 class MeshTrainer(Trainer):
     """A `Trainer` whose state is split over a mesh.
 
@@ -190,8 +197,12 @@ class MeshTrainer(Trainer):
         rows = split_graph(item_graph([], num_rows), mesh)
         keys = jax.ShapeDtypeStruct((1,), jax.random.key(0).dtype)
         places = row_shardings(jax.eval_shape(self.init, keys), rows)
-        init = jax.jit(self.init, out_shardings=places)
-        self.init = lambda keys: init(jax.device_put(keys, everywhere))
+        init = self.init
+        from_words = jax.jit(
+            lambda words: init(jax.random.wrap_key_data(words)), out_shardings=places
+        )
+        # Between processes pass arrays of the host, and keys are none.
+        self.init = lambda keys: from_words(np.asarray(jax.random.key_data(keys)))
         self._most_slots = jax.jit(self._most_slots, out_shardings=everywhere)
         self._epoch_jit = jax.jit(
             self._epoch_jit,
@@ -201,10 +212,7 @@ class MeshTrainer(Trainer):
         self._rank_jit = jax.jit(self._rank_jit, static_argnums=3, out_shardings=everywhere)
 
     def module(self, params: Params) -> Any:
-        def trim(leaf: jax.Array, like: Any) -> jax.Array:
-            return leaf[: len(like)] if like.ndim else leaf
-
-        return super().module(jax.tree.map(trim, params, self.shapes))
+        return super().module(trim(params, self.shapes))
 
     def rank(self, params: Params, data: RankingData, num_slots: int):
         return super().rank(params, jax.device_put(data, self.everywhere), num_slots)

@@ -38,7 +38,7 @@ from experiments.backbones import (
 from experiments.batching import training_data
 from experiments.config import Config
 from experiments.dataset import Dataset, Split
-from experiments.mesh import MeshTrainer, Streams, check_mesh, split_graph
+from experiments.mesh import MeshTrainer, Streams, check_mesh, split_graph, trim
 from experiments.per_user import history_lengths, target_popularity
 from experiments.ranking import Ranks, collect, metrics, ranking_data
 from experiments.training import Trainer, TrainState
@@ -331,14 +331,16 @@ def load_run(folder: str | Path, seed: int | None = None) -> tuple[Any, np.ndarr
     with _checkpoints(folder / held["checkpoints"]) as manager:
         if manager.latest_step() is None:
             raise ValueError(f"`folder` {folder} holds no checkpoint yet.")
-        restored = manager.restore(
-            manager.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore())
-        )
+        # On the first device, where the run may have had several.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        state = ocp.args.StandardRestore(fallback_sharding=here)
+        restored = manager.restore(manager.latest_step(), args=ocp.args.Composite(state=state))
     place = held["first"] + (0 if seed is None else seeds.index(seed))
-    params = jax.tree.map(lambda leaf: leaf[place], restored["state"]["best_params"])
     build = BACKBONES[config.model].build
     module = nnx.eval_shape(lambda: build(data["users"], data["items"], config, nnx.Rngs(0)))
-    graphdef = nnx.split(module)[0]
+    graphdef, variables = nnx.split(module)
+    best = jax.tree.map(lambda leaf: leaf[place], restored["state"]["best_params"])
+    params = trim(best, nnx.to_pure_dict(variables))
     return nnx.merge(graphdef, params), np.load(folder / "item_ids.npy"), config
 
 
