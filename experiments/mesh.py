@@ -144,8 +144,14 @@ def split_graph(graph: Any, mesh: Mesh) -> Sharded:
 
 def trim(params: Params, shapes: Params) -> Params:
     """Parameters without free rows, as `shapes` of a module has them."""
-    return jax.tree.map(
-        lambda leaf, like: leaf[: like.shape[0]] if like.ndim else leaf, params, shapes
+
+    def name(path: Any) -> str:
+        # In a restored checkpoint the places of a list are strings.
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
+    known = {name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(shapes)}
+    return jax.tree.map_with_path(
+        lambda path, leaf: leaf[: known[name(path)][0]] if leaf.ndim else leaf, params
     )
 
 

@@ -388,6 +388,7 @@ def _claim(
 
 def _check_same(path: Path, wanted: dict[str, Any]) -> None:
     held = json.loads(path.read_text(encoding="utf-8"))
+    held["config"] = asdict(Config(**held["config"]))  # settings newer than the run among them
     held, wanted = (
         part | {"config": {k: v for k, v in part["config"].items() if k != "epochs"}}
         for part in (held, wanted)

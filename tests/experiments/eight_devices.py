@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,5 +103,4 @@ def test_a_run_goes_on_on_four_devices():
 
 def go_on(folder: Path, mesh: Any = None) -> None:
     """One epoch more."""
-    longer = Config(**(MF.__dict__ | {"epochs": 2}))
-    fit(longer, SPLIT, SEEDS, folder, mesh=mesh, resume=True)
+    fit(replace(MF, epochs=2), SPLIT, SEEDS, folder, mesh=mesh, resume=True)
