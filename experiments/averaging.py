@@ -26,7 +26,7 @@ def averaged(decay: float) -> optax.GradientTransformation:
     def init_fn(params: Any) -> AveragedState:
         return AveragedState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.array, params))
 
-    def update_fn(updates: Any, state: AveragedState, params: Any = None):
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, AveragedState]:
         if params is None:
             raise ValueError("`averaged`: `update` needs `params`, got None.")
         new = optax.apply_updates(params, updates)

@@ -139,8 +139,8 @@ def epoch_order(key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
 
 
 def most_slots(order: jax.Array, data: TrainData) -> jax.Array:
-    """The slots that the longest batch of an epoch takes, int32 `[]`."""
-    return _padded(data.lengths)[order].sum(axis=1).max()
+    """The slots that the longest batch of an epoch takes, or its longest stream; int32 `[]`."""
+    return _padded(data.lengths)[order].sum(axis=-1).max()
 
 
 def sample_batch(

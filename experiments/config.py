@@ -74,6 +74,9 @@ class Config:
     windows: Windows = "last"  # see `batching.training_data`
     train_users: float = 1.0  # the share of users that train; all are ranked for
     batch_size: int = 512  # windows in a step; for "whole", targets
+    # A batch is packed into so many streams, each drawn on its own. They are what the devices
+    # of a mesh share; on one device they give the same numbers.
+    streams: int = 1
     max_length: int = 50
     dim: int = 64
     num_blocks: int = 2  # of attention, or layers of propagation for lightgcn

@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
@@ -12,6 +14,7 @@ from rich.table import Table
 from experiments.config import Config
 from experiments.dataset import Dataset, Split, global_time_split, leave_one_out
 from experiments.loaders import load
+from experiments.mesh import make_mesh
 from experiments.options import Job, Train
 from experiments.plots import plot_run
 from experiments.published import published
@@ -22,8 +25,10 @@ from experiments.synthetic import synthetic
 
 def train(options: Train, console: Console | None = None) -> list[Result]:
     """Runs `python -m experiments train`."""
+    mesh = join_mesh(options)
+    first = jax.process_index() == 0  # it alone writes
     # In a file or a pipe nothing says how wide the table may be.
-    console = console or Console(width=None if sys.stdout.isatty() else 140)
+    console = console or Console(width=None if sys.stdout.isatty() else 140, quiet=not first)
     dataset, split = split_of(options)
     out = options.out or Path("runs") / f"{dataset.name}-{options.model}"
     console.print(
@@ -46,12 +51,27 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
                     source=options.data,
                     resume=options.resume,
                     report=report,
+                    mesh=mesh,
                 )
             )
-        plot_run(folder)
+        if first:
+            plot_run(folder)
         console.print(f"{config.label}: records, checkpoint and curves.png are in {folder}")
     console.print(results_table(results, dataset.name))
     return results
+
+
+def join_mesh(options: Train) -> Mesh | None:
+    """The mesh that the options ask for; joins the processes that share it."""
+    if options.coordinator is None:
+        if options.num_processes is not None or options.process_id is not None:
+            raise ValueError("`num_processes` and `process_id` need a `coordinator`.")
+    elif options.mesh is None:
+        raise ValueError("`coordinator` needs a `mesh`, of the devices of all processes.")
+    else:
+        address = None if options.coordinator == "auto" else options.coordinator
+        jax.distributed.initialize(address, options.num_processes, options.process_id)
+    return None if options.mesh is None else make_mesh(options.mesh)
 
 
 def split_of(options: Job) -> tuple[Dataset, Split]:

@@ -120,9 +120,19 @@ class Train(Job):
 
     optimizers: tuple[Optimizer, ...] = ("adamw", "sevo_adamw")
     """Each is trained in turn on the same data and seeds."""
+    mesh: int | None = None
+    """Train on so many devices: the batch split by streams, tables and moments by rows."""
+    streams: int | None = None
+    """Pack a batch into so many streams, a multiple of the devices; by default one for each.
+    A run resumed on other devices needs as many as before."""
+    coordinator: str | None = None
+    """Train in several processes: HOST:PORT of process 0, or `auto` where a cluster tells.
+    Each runs the same command, but for its `process-id`, and sees the same folders."""
+    num_processes: int | None = None
+    process_id: int | None = None
 
     def config(self, optimizer: Optimizer, dataset: str) -> Config:
-        given = self.given()
+        given = {"streams": self.mesh or 1} | self.given()
         if not optimizer.startswith("sevo_"):
             given.pop("placement", None)
         return preset(self.model, self.preset or dataset, optimizer, **given)

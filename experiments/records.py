@@ -27,7 +27,12 @@ def environment() -> dict[str, Any]:
 
 
 def append(path: Path, records: Iterable[dict[str, Any]]) -> int:
-    """Adds records to a file and returns its new length in bytes."""
+    """Adds records to a file and returns its new length in bytes.
+
+    Of several processes, which all have the same records, the first writes.
+    """
+    if jax.process_index() > 0:
+        return 0
     lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
     with path.open("a", encoding="utf-8") as file:
         file.write(lines)
@@ -88,6 +93,8 @@ class Log:
 
     def truncate(self, length: int) -> None:
         """Drops what was written after the checkpoint that the run goes on from."""
+        if jax.process_index() > 0:
+            return
         with self.path.open("ab") as file:
             file.truncate(length)
 

@@ -8,6 +8,7 @@ state is saved, so that a run that was interrupted goes on from there and ends w
 bits as one that was not.
 """
 
+import functools
 import json
 import os
 import time
@@ -22,6 +23,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental.multihost_utils import sync_global_devices
+from jax.sharding import Mesh
 
 from experiments import records
 from experiments.backbones import (
@@ -35,6 +38,7 @@ from experiments.backbones import (
 from experiments.batching import training_data
 from experiments.config import Config
 from experiments.dataset import Dataset, Split
+from experiments.mesh import MeshTrainer, Streams, check_mesh, split_graph, trim
 from experiments.per_user import bucket_metrics, history_lengths, target_popularity
 from experiments.ranking import Ranks, collect, metrics, ranking_data
 from experiments.training import Trainer, TrainState
@@ -94,6 +98,7 @@ def make_trainer(
     swept: Sequence[str] = (),
     optimizer: Callable[[Any], optax.GradientTransformation] | None = None,
     graph: Any = None,
+    mesh: Mesh | None = None,
 ) -> Trainer:
     """Builds the compiled training functions for a configuration on a split.
 
@@ -103,18 +108,35 @@ def make_trainer(
       swept: settings that each run has its own values of, see `make_optimizer`.
       optimizer: makes the optimizer from the adjacency, in place of the one in `config`.
       graph: to smooth over, in place of that of the split.
+      mesh: devices to train on, see `experiments.mesh`; by default JAX's first.
+
+    Raises:
+      ValueError: the settings cannot train on the mesh.
     """
+    if mesh is not None:
+        check_mesh(config, mesh)
     split = split.with_train_users(config.train_users)
     dataset, backbone = split.dataset, BACKBONES[config.model]
     data = training_data(
         split.train, dataset.num_items, max_length=config.max_length, windows=config.windows
     )
     if config.optimizer.startswith("sevo_"):
-        graph = normalized_adjacency(make_graph(config, split) if graph is None else graph)
+        graph = make_graph(config, split) if graph is None else graph
+        graph = normalized_adjacency(graph) if mesh is None else split_graph(graph, mesh)
     objective = backbone.objective(dataset.num_items, config)
+    if config.streams > 1 or mesh is not None:
+        objective = Streams(objective, config.streams, mesh)
+    make: Any = Trainer
+    if mesh is not None:
+        num_rows = dataset.num_items + backbone.module.num_special
+        make = functools.partial(MeshTrainer, mesh, num_rows)
+    context = user_item_graph(split) if config.model == "lightgcn" else None
+    if context is not None and mesh is None:
+        # On a mesh it stays a list of edges, whose sums the partitioner understands.
+        context = normalized_adjacency(context)
     batch_size = windows_per_step(config, data)
     order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))
-    return Trainer(
+    return make(
         lambda rngs: backbone.build(dataset.num_users, dataset.num_items, config, rngs),
         optimizer(graph)
         if optimizer
@@ -123,7 +145,7 @@ def make_trainer(
         graph,
         data,
         batch_size,
-        normalized_adjacency(user_item_graph(split)) if config.model == "lightgcn" else None,
+        context,
         touched=config.touched == "batch",
     )
 
@@ -137,6 +159,7 @@ def fit(
     source: str = "",
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
+    mesh: Mesh | None = None,
 ) -> Result:
     """Trains all `seeds`, and tests each at its best validation and after the last epoch.
 
@@ -149,13 +172,22 @@ def fit(
       resume: go on from the folder's newest checkpoint. Without it, a folder that holds a run
         is an error. The settings must be the same; only `epochs` may differ.
       report: called after every epoch, and once before the first.
+      mesh: devices to train on, see `experiments.mesh`; a run may go on on others. Of several
+        processes all call this, see the same folder, and the first writes.
 
     Raises:
       ValueError: the folder holds a run, or one with other settings.
       FloatingPointError: the loss of a seed is not finite.
     """
     (result,) = fit_sweep(
-        {"": config}, split, seeds, folder, source=source, resume=resume, report=report
+        {"": config},
+        split,
+        seeds,
+        folder,
+        source=source,
+        resume=resume,
+        report=report,
+        mesh=mesh,
     )
     return result
 
@@ -170,13 +202,14 @@ def fit_sweep(
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     notes: Mapping[str, dict[str, Any]] | None = None,
+    mesh: Mesh | None = None,
 ) -> list[Result]:
     """`fit` for several settings at once, one compilation for all of them.
 
     Args:
       configs: settings by name, which differ in the optimizer's `backbones.SWEPT` alone. Each
         is kept in the folder of its name below `folder`.
-      split, seeds, folder, source, resume, report: see `fit`; `report` gets arrays
+      split, seeds, folder, source, resume, report, mesh: see `fit`; `report` gets arrays
         `[len(configs) * len(seeds)]`, the seeds of a setting next to each other.
       notes: by name, what the records of a setting's evaluations say besides.
     """
@@ -195,7 +228,7 @@ def fit_sweep(
         if replace(other, **same) != config:
             raise ValueError(f"`configs` may differ in {SWEPT} alone, but {name!r} does not.")
     split = split.with_train_users(config.train_users)  # what the records shall count
-    trainer = make_trainer(config, split, swept)
+    trainer = make_trainer(config, split, swept, mesh=mesh)
     parts = [split.evaluation("valid"), split.evaluation("test")]
     (valid_data, test_data), num_slots = ranking_data(
         parts, max_length=config.max_length - trainer.objective.num_queries
@@ -274,12 +307,13 @@ def fit_sweep(
         part = slice(i * len(seeds), (i + 1) * len(seeds))
         logs[i].flush()
         ranks = {name: values[part] for name, values in best_ranks._asdict().items()}
-        np.savez_compressed(
-            folder / label / "ranks.npz",
-            seeds=seeds,
-            users=parts[1].users,
-            **ranks,
-        )
+        if jax.process_index() == 0:
+            np.savez_compressed(
+                folder / label / "ranks.npz",
+                seeds=seeds,
+                users=parts[1].users,
+                **ranks,
+            )
         best, newest = ({k: v[part] for k, v in found.items()} for found in (test, last))
         results.append(
             Result(one, seeds, best, newest, progress.best_epoch[part], progress.seconds)
@@ -307,14 +341,16 @@ def load_run(folder: str | Path, seed: int | None = None) -> tuple[Any, np.ndarr
     with _checkpoints(folder / held["checkpoints"]) as manager:
         if manager.latest_step() is None:
             raise ValueError(f"`folder` {folder} holds no checkpoint yet.")
-        restored = manager.restore(
-            manager.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore())
-        )
+        # On the first device, where the run may have had several.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        state = ocp.args.StandardRestore(fallback_sharding=here)
+        restored = manager.restore(manager.latest_step(), args=ocp.args.Composite(state=state))
     place = held["first"] + (0 if seed is None else seeds.index(seed))
-    params = jax.tree.map(lambda leaf: leaf[place], restored["state"]["best_params"])
     build = BACKBONES[config.model].build
     module = nnx.eval_shape(lambda: build(data["users"], data["items"], config, nnx.Rngs(0)))
-    graphdef = nnx.split(module)[0]
+    graphdef, variables = nnx.split(module)
+    best = jax.tree.map(lambda leaf: leaf[place], restored["state"]["best_params"])
+    params = trim(best, nnx.to_pure_dict(variables))
     return nnx.merge(graphdef, params), np.load(folder / "item_ids.npy"), config
 
 
@@ -348,18 +384,21 @@ def _claim(
                 f"`folder` {path.parent} holds a run; resume it or choose another."
             )
         _check_same(path, wanted[path])
+    sync_global_devices("every process has looked")
     for path, run in wanted.items():
-        if path.exists():
+        if path.exists() or jax.process_index() > 0:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path.parent / "item_ids.npy", dataset.item_ids)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(run, indent=2), encoding="utf-8")
         temporary.replace(path)
+    sync_global_devices("the folder is made")
 
 
 def _check_same(path: Path, wanted: dict[str, Any]) -> None:
     held = json.loads(path.read_text(encoding="utf-8"))
+    held["config"] = asdict(Config(**held["config"]))  # settings newer than the run among them
     held, wanted = (
         part | {"config": {k: v for k, v in part["config"].items() if k != "epochs"}}
         for part in (held, wanted)
@@ -414,7 +453,9 @@ def _save(manager: Any, epoch: int, state: TrainState, progress: Progress) -> No
 
 def _restore(manager: Any, like: TrainState) -> tuple[TrainState, Progress]:
     items = ocp.args.Composite(
-        state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
+        # Not strict: other devices may take more or fewer free rows, which hold zeros.
+        state=ocp.args.StandardRestore(like, strict=False),
+        progress=ocp.args.JsonRestore(),
     )
     restored = manager.restore(manager.latest_step(), args=items)
     return restored["state"], Progress.from_json(restored["progress"])

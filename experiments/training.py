@@ -73,9 +73,11 @@ class Trainer:
         self.context = context
         self.touched = touched
         lengths = np.asarray(data.lengths)
-        spread = 4.5 * math.sqrt(batch_size) * lengths.std()
+        order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))
+        num_windows = order.shape[-1]  # of a stream
+        spread = 4.5 * math.sqrt(num_windows) * lengths.std()
         self.usual_slots = min(
-            int(batch_size * lengths.mean() + spread), batch_size * int(lengths.max())
+            int(num_windows * lengths.mean() + spread), num_windows * int(lengths.max())
         )
         seeds = over_seeds()
         self.init = jax.jit(seeds(self._init))
@@ -151,8 +153,11 @@ class Trainer:
         return params, opt_state, (losses * counts).sum() / counts.sum()
 
     def _loss(self, params, batch, dropout_key, context):
-        module = nnx.merge(self.graphdef, params)
-        return self.objective.loss(module, batch, dropout_key, context)
+        return self.objective.loss(self.module(params), batch, dropout_key, context)
+
+    def module(self, params: Params) -> Any:
+        """The module with the parameters of one seed."""
+        return nnx.merge(self.graphdef, params)
 
     def keep_best(self, state: TrainState, improved: jax.typing.ArrayLike) -> TrainState:
         """Takes what validation saw as the best so far for the seeds where `improved` `[S]`."""
@@ -165,8 +170,8 @@ class Trainer:
         return self._rank_jit(params, data, self.context, num_slots)
 
     def _rank(self, params, data, context, num_slots):
-        module = nnx.merge(self.graphdef, params)
-        return rank_targets(self.objective.scorer(module, num_slots, context), data)
+        scorer = self.objective.scorer(self.module(params), num_slots, context)
+        return rank_targets(scorer, data)
 
 
 @jax.jit
