@@ -29,6 +29,7 @@ from experiments.backbones import (
     SWEPT,
     make_graph,
     make_optimizer,
+    prepare,
     user_item_graph,
     windows_per_step,
 )
@@ -38,7 +39,6 @@ from experiments.dataset import Dataset, Split
 from experiments.per_user import history_lengths, target_popularity
 from experiments.ranking import Ranks, collect, metrics, ranking_data
 from experiments.training import Trainer, TrainState
-from sevo_jax import normalized_adjacency
 
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -110,7 +110,7 @@ def make_trainer(
         split.train, dataset.num_items, max_length=config.max_length, windows=config.windows
     )
     if config.optimizer.startswith("sevo_"):
-        graph = normalized_adjacency(make_graph(config, split) if graph is None else graph)
+        graph = prepare(make_graph(config, split) if graph is None else graph)
     objective = backbone.objective(dataset.num_items, config)
     batch_size = windows_per_step(config, data)
     order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))
@@ -126,6 +126,23 @@ def make_trainer(
         user_item_graph(split) if config.model == "lightgcn" else None,
         touched=config.touched == "batch",
     )
+
+
+def start(
+    trainer: Trainer, seeds: Sequence[int], swept: Mapping[str, Sequence[float]] | None = None
+) -> TrainState:
+    """The state of R runs before training.
+
+    Args:
+      trainer: from `make_trainer`, made for the names of `swept`.
+      seeds: of each run `[R]`.
+      swept: by name, the value that each run has of a setting `[R]`.
+    """
+    state = trainer.init(jax.vmap(jax.random.key)(jnp.array(seeds)))
+    if not swept:
+        return state
+    values = {name: jnp.array(column, jnp.float32) for name, column in swept.items()}
+    return state._replace(opt_state=state.opt_state._replace(hyperparams=values))  # type: ignore
 
 
 def fit(
@@ -203,13 +220,8 @@ def fit_sweep(
     # Only now: data that cannot be trained on or ranked must not leave a folder behind.
     _claim(folder, configs, split.dataset, seeds, source, resume)
     runs = [(label, seed) for label in configs for seed in seeds]
-    state = trainer.init(jax.vmap(jax.random.key)(jnp.array([seed for _, seed in runs])))
-    if swept:
-        values = {
-            name: jnp.array([getattr(configs[label], name) for label, _ in runs], jnp.float32)
-            for name in swept
-        }
-        state = state._replace(opt_state=state.opt_state._replace(hyperparams=values))  # type: ignore
+    values = {name: [getattr(configs[label], name) for label, _ in runs] for name in swept}
+    state = start(trainer, [seed for _, seed in runs], values)
     logs = [
         records.Log(
             folder / label,
