@@ -82,6 +82,15 @@ def graph(make: Make) -> dict[str, Config]:
     return arms
 
 
+def genres(make: Make) -> dict[str, Config]:
+    """Table 4: items that share attributes, in MovieLens genres, against interactions."""
+    arms = {"adamw": make("adamw"), "beta=0": make("sevo_adamw", beta=0.0)}
+    for name, kind in (("interactions", "items"), ("genres", "attributes")):
+        for value in BETAS[1:]:
+            arms[f"{name} beta={value}"] = make("sevo_adamw", graph=kind, beta=value)
+    return arms
+
+
 def placement(make: Make) -> dict[str, Config]:
     """Psi on Adam's step (the paper), on the gradient, first there and then here, or both;
     which rows' moments move; and columns that are smoothed less than others."""
@@ -141,6 +150,7 @@ ABLATIONS: dict[str, Callable[[Make], dict[str, Config]]] = {
         correction,
         layers,
         graph,
+        genres,
         placement,
         loss,
         beta,
@@ -224,4 +234,7 @@ def arms_of(options: Ablate) -> tuple[dict[str, Config], Any, Any]:
     chosen: Sequence[str] = options.arms or tuple(arms)
     if unknown := set(chosen) - set(arms):
         raise ValueError(f"`arms` must be of {tuple(arms)}, got {sorted(unknown)}.")
-    return {label: arms[label] for label in chosen}, dataset, split
+    arms = {label: arms[label] for label in chosen}
+    if any(config.graph == "attributes" for config in arms.values()):
+        dataset.known_attributes()  # missing ones shall not come to light after hours
+    return arms, dataset, split

@@ -16,7 +16,17 @@ from experiments.batching import TrainData
 from experiments.config import Config
 from experiments.dataset import Split
 from experiments.objectives import MaskedItem, NextItem, Objective, UserItem
-from sevo_jax import bipartite_graph, item_graph, sevo, sevo_adam, sevo_adamw, sevo_sgd
+from sevo_jax import (
+    attribute_graph,
+    bipartite_graph,
+    item_graph,
+    normalized_adjacency,
+    sevo,
+    sevo_adam,
+    sevo_adamw,
+    sevo_sgd,
+)
+from sevo_jax.layouts import Adjacency
 
 TABLE = "item_embedding"
 
@@ -92,13 +102,24 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def make_graph(config: Config, split: Split) -> Any:
-    """The graph that SEvo smooths over, one node for each row of the table."""
+    """The graph that SEvo smooths over, one node for each row of the table.
+
+    Of `attributes`, two items are joined by the number of those that they share, the plainest
+    reading of the paper's "movies of the same genre". On MovieLens-1M that is a third of all
+    pairs, and yet no genre is left out: without Drama and Comedy, which have over 1,000 movies
+    each, 1,242 of the 3,416 movies would have no neighbour. The normalisation takes care that
+    a movie of a common genre hears as much from its many neighbours as others from their few.
+    """
     values, row_splits = split.train
     num_items = split.dataset.num_items
     if config.graph == "users_items":
         return user_item_graph(split)
     # Special rows in front of the items are isolated nodes.
     num_special = BACKBONES[config.model].module.num_special
+    if config.graph == "attributes":
+        attributes = split.dataset.known_attributes()
+        rows = np.concatenate([np.zeros(num_special, np.int64), attributes.row_splits])
+        return attribute_graph((attributes.values, rows), max_items=config.graph_max_items)
     return item_graph(
         (values + num_special, row_splits),
         num_items + num_special,
@@ -107,6 +128,17 @@ def make_graph(config: Config, split: Split) -> Any:
         weighting=config.graph_weighting,
         keep=config.graph_keep,
     )
+
+
+def prepare(graph: Any) -> Any:
+    """The normalised adjacency; an adjacency that is prepared already is returned as it is.
+
+    A graph with more than a fifth of all pairs, as attributes make, becomes a plain matrix: it
+    needs about the memory of a list of edges, and with a third of the pairs of MovieLens-1M
+    psi takes less than half the time of compressed rows, measured on one core.
+    """
+    full = not isinstance(graph, Adjacency) and 5 * len(graph.edges) > np.sum(graph.n_node) ** 2
+    return normalized_adjacency(graph, layout="dense" if full else "auto")
 
 
 def user_item_graph(split: Split) -> Any:

@@ -7,6 +7,7 @@ Model = Literal["sasrec", "gru4rec", "bert4rec", "stosa", "mf", "lightgcn"]
 Optimizer = Literal["adamw", "sevo_adamw", "adam", "sevo_adam", "sgd", "sevo_sgd"]
 Placement = Literal["update", "gradient", "switch", "both"]
 Touched = Literal["gradient", "batch"]
+Graph = Literal["items", "users_items", "attributes"]
 Loss = Literal["bce", "bpr", "gbce", "sampled_softmax", "cross_entropy"]
 Schedule = Literal["constant", "cosine"]
 Windows = Literal["last", "prefixes", "whole", "items", "users"]
@@ -64,7 +65,12 @@ class Config:
     graph_distance: int = 1  # H: how far apart two items of an edge may stand
     graph_weighting: Literal["inverse_distance", "count"] = "inverse_distance"
     graph_keep: Literal["last", "first"] = "last"
-    graph: Literal["items", "users_items"] = "items"  # "users_items": mf only
+    # What psi smooths over: items that follow each other; users and their items, for mf only;
+    # or items that share attributes, such as genres.
+    graph: Graph = "items"
+    # Attributes of more items than this make no edges: n items give n (n - 1). It spares all
+    # genres of MovieLens-1M, and leaves out what nearly all items of a large shop share.
+    graph_max_items: int = 2000
     loss: Loss = "bce"  # see `objectives.NextItem`; bert4rec and the pairs of mf have their own
     num_negatives: int = 1  # for each target; for "sampled_softmax", for the whole batch
     label_smoothing: float = 0.0  # "cross_entropy" only

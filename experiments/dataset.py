@@ -20,6 +20,52 @@ Repeats = Literal["keep", "first", "last"]
 
 
 @dataclass(frozen=True, eq=False)
+class Attributes:
+    """What is known of items beside who chose them: genres, categories, a community.
+
+    Item i has the attributes `names[a]` for a in `values[row_splits[i]:row_splits[i + 1]]`,
+    which ascend; an item may have none. The arrays are read-only copies.
+    """
+
+    names: tuple[str, ...]  # distinct
+    values: np.ndarray  # int32 [number of pairs of an item and an attribute]
+    row_splits: np.ndarray  # int64 [num_items + 1]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.names))
+        for name, dtype in (("values", np.int32), ("row_splits", np.int64)):
+            array = _read_only(_integers(name, getattr(self, name), dtype))
+            object.__setattr__(self, name, array)
+        values, splits = self.values, self.row_splits
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"`names` of attributes must be distinct, got {self.names}.")
+        if len(splits) < 1 or splits[0] != 0 or splits[-1] != len(values):
+            raise ValueError(
+                f"`row_splits` of attributes must run from 0 to the {len(values)} values, got "
+                f"{splits[:3]}...{splits[-1:]} ({len(splits)} entries)."
+            )
+        if len(values) and not 0 <= values.min() <= values.max() < len(self.names):
+            raise ValueError(
+                f"`values` of attributes must be places in the {len(self.names)} `names`, got "
+                f"{values.min()} to {values.max()}."
+            )
+        items = np.repeat(np.arange(self.num_items), np.maximum(np.diff(splits), 0))
+        if np.any(np.diff(splits) < 0) or np.any(np.diff(items * len(self.names) + values) < 1):
+            raise ValueError("`values` of attributes must ascend within each item.")
+
+    @property
+    def num_items(self) -> int:
+        return len(self.row_splits) - 1
+
+    def of_items(self, items: np.ndarray) -> Attributes:
+        """The attributes of `items` `[n]` alone, in this order, under the same names."""
+        return Attributes(
+            self.names,
+            *_slices(self.values, self.row_splits[items], self.row_splits[items + 1]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """Users' item sequences, oldest first; the arrays are read-only copies.
 
@@ -36,6 +82,7 @@ class Dataset:
     item_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [num_items]
     timestamps: np.ndarray | None = None  # int64 or float64 [num_interactions]
     drops: Mapping[str, int] = field(default_factory=dict)  # reason -> interactions left out
+    attributes: Attributes | None = None  # of the items, where the source has any
 
     def __post_init__(self) -> None:
         # A frozen dataclass is filled through `object.__setattr__`.
@@ -63,6 +110,11 @@ class Dataset:
         if self.timestamps is not None:
             set_array("timestamps", self._checked_timestamps(np.asarray(self.timestamps)))
         object.__setattr__(self, "drops", MappingProxyType(dict(self.drops)))
+        if self.attributes is not None and self.attributes.num_items != self.num_items:
+            raise ValueError(
+                f"`attributes` must be those of the {self.num_items} items, got "
+                f"{self.attributes.num_items}."
+            )
 
     def _checked_timestamps(self, times: np.ndarray) -> np.ndarray:
         if times.dtype.kind not in "iuf":
@@ -100,6 +152,16 @@ class Dataset:
         if not 0 <= user < self.num_users:
             raise IndexError(f"`user` must be from 0 to {self.num_users - 1}, got {user}.")
         return self.values[self.row_splits[user] : self.row_splits[user + 1]]
+
+    def known_attributes(self) -> Attributes:
+        """The attributes of the items; `ValueError` if the source has none."""
+        if self.attributes is None:
+            raise ValueError(
+                f"the items of {self.name!r} have no attributes, such as genres: their file, "
+                "such as items.csv beside interactions.csv, is missing (name it with `items`) "
+                "or has no such column (name it with `columns`: attributes)."
+            )
+        return self.attributes
 
     @classmethod
     def from_interactions(
@@ -346,6 +408,7 @@ def _select(dataset: Dataset, kept: np.ndarray, reason: str) -> Dataset:
         user_ids=dataset.user_ids[users],
         item_ids=dataset.item_ids[items],
         timestamps=None if dataset.timestamps is None else dataset.timestamps[kept],
+        attributes=dataset.attributes and dataset.attributes.of_items(items),
         drops={**dataset.drops, reason: dataset.drops.get(reason, 0) + lost},
     )
 

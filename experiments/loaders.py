@@ -9,12 +9,15 @@ whole file. What is left out on purpose is counted in `Dataset.drops`:
 - `duplicate_rows`: rows equal to an earlier one in every column read, where a time or a
   position is among these; without one, an equal row may be a true repetition and is kept.
 - `min_rating`, `repeats`, `k_core`: what these options left out.
+
+Beside the interactions may stand a file of the items, from which `Dataset.attributes` come;
+see `experiments.item_files`.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -22,11 +25,13 @@ import polars as pl
 
 from experiments import dataset as data
 from experiments.dataset import Dataset, Repeats
+from experiments.item_files import items_file, read_attributes
 from experiments.readers import (
     ROLES,
     Format,
     Source,
     Table,
+    read_bytes,
     read_delimited,
     read_id_lines,
     read_json_lines,
@@ -46,6 +51,7 @@ def load(
     repeats: Repeats = "keep",
     k_core: int | None = None,
     name: str | None = None,
+    items: str | Path | None = None,
 ) -> Dataset:
     """Reads a file, or a folder that holds one, into a `Dataset`.
 
@@ -54,12 +60,14 @@ def load(
         `ratings.dat`, `u.data` or a RecBole `.inter` file in it.
       format: a key of `FORMATS`; by default the first whose pattern fits the file name.
       columns: names in the file's header by role (`user`, `item`, `position`, `timestamp`,
-        `rating`) where they differ from the format's; those named here must be there.
+        `rating`) where they differ from the format's; those named here must be there. Also
+        `attributes`, a column of the items' file, where `item` has the same name if given.
       encoding: of text files.
       min_rating: leaves out interactions rated lower.
       repeats: which of a user's interactions with one item to keep; see `drop_repeats`.
       k_core: leaves out users and items with fewer interactions, repeatedly.
       name: of the dataset; by default that of the folder or file.
+      items: the items' file, if not the one that `item_files.items_file` finds.
 
     Order: a user's interactions are sorted by `position` if there is one, else by
     `timestamp`, else kept as in the file; equal keys keep the order of the file. The options
@@ -74,12 +82,14 @@ def load(
         raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {format!r}.")
     chosen = FORMATS[format]
     columns = dict(columns or {})
+    of_items = {key: columns[key] for key in ("item", "attributes") if key in columns}
+    columns.pop("attributes", None)
     if (columns and not chosen.header) or not columns.keys() <= set(ROLES):
         raise ValueError(
             f"`columns` must name some of {', '.join(ROLES)} in a format with a header, "
             f"got {columns} with format {format!r}."
         )
-    raw = _read_bytes(path)
+    raw = read_bytes(path)
     names = {**chosen.columns, **columns}
     source = Source(path, raw, chosen, names, frozenset(columns), encoding)
     frame, drops = _clean(source, chosen.read(source), min_rating)
@@ -94,6 +104,12 @@ def load(
         )
     except ValueError as error:  # positions and timestamps that contradict each other
         source.fail(str(error))
+    known = Path(items) if items else items_file(path)
+    if known:
+        attributes = read_attributes(known, dataset.item_ids, columns=of_items)
+        dataset = replace(dataset, attributes=attributes)
+    elif "attributes" in of_items:
+        source.fail("`columns` names attributes, but there is no items' file; pass `items`.")
     dataset = data.drop_repeats(dataset, repeats)
     return dataset if k_core is None else data.k_core(dataset, k_core)
 
@@ -113,27 +129,6 @@ def _format_of(path: Path) -> str:
     raise ValueError(
         f"{path}: unknown kind of file; pass `format`, one of {', '.join(FORMATS)}."
     )
-
-
-def _read_bytes(path: Path) -> bytes:
-    """The content of a file, decompressed if it is gzip."""
-    raw = path.read_bytes()
-    if path.suffix == ".gz" or raw.startswith(b"\x1f\x8b"):
-        parts = []
-        while raw:  # a gzip file is one or more members
-            member = zlib.decompressobj(wbits=31)
-            try:
-                parts.append(member.decompress(raw))
-            except zlib.error as error:
-                raise ValueError(f"{path}: not a sound gzip file ({error}).") from None
-            if not member.eof:
-                line = b"".join(parts).count(b"\n") + 1
-                raise ValueError(f"{path}, line {line}: the gzip file is truncated there.")
-            raw = member.unused_data
-        raw = b"".join(parts)
-    if not raw.strip():
-        raise ValueError(f"{path}: the file is empty.")
-    return raw
 
 
 def _clean(

@@ -90,6 +90,7 @@ def load_data(options: Job) -> Dataset:
         min_rating=options.min_rating,
         repeats=options.repeats,
         k_core=options.k_core,
+        items=options.items,
     )
 
 

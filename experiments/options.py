@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from experiments.config import (
     Config,
+    Graph,
     Loss,
     Model,
     Optimizer,
@@ -37,7 +38,10 @@ class Job:
     data_format: str | None = None
     """The format of the file, if its name does not tell."""
     columns: dict[str, str] | None = None
-    """Which column of a table is which, such as `user uid item asin timestamp when`."""
+    """Which column of a table is which, such as `user uid item asin timestamp when`; and of
+    the items' table, such as `attributes category`."""
+    items: str | None = None
+    """The file of the items and their attributes, if it is not beside the data."""
     min_rating: float | None = None
     """Leave out interactions rated lower."""
     repeats: Literal["keep", "first", "last"] = "keep"
@@ -77,8 +81,11 @@ class Job:
     graph_distance: int | None = None
     graph_weighting: Literal["inverse_distance", "count"] | None = None
     graph_keep: Literal["last", "first"] | None = None
-    graph: Literal["items", "users_items"] | None = None
-    """What SEvo smooths over; users and items share a graph only in mf."""
+    graph: Graph | None = None
+    """What SEvo smooths over: `items` that follow each other in sequences, items that share
+    `attributes` such as genres, or `users_items` together, only in mf."""
+    graph_max_items: int | None = None
+    """Attributes of more items make no edges."""
     loss: Loss | None = None
     num_negatives: int | None = None
     label_smoothing: float | None = None
@@ -147,8 +154,8 @@ class Ablate(Job):
     """
 
     name: Positional[str]
-    """An ablation: optimizer, approximation, rescale, correction, layers, graph, placement,
-    loss, beta, users; or a study: smoothness, theory, cost."""
+    """An ablation: optimizer, approximation, rescale, correction, layers, graph, genres,
+    placement, loss, beta, users; or a study: smoothness, theory, cost, embeddings."""
     arms: tuple[str, ...] = ()
     """Only these of the settings, by their names; all by default."""
 

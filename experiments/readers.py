@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -67,6 +68,27 @@ class Format:
     header: bool = True
     required: frozenset[str] = frozenset({"user", "item"})
     integer_ids: bool = False
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, decompressed if it is gzip."""
+    raw = path.read_bytes()
+    if path.suffix == ".gz" or raw.startswith(b"\x1f\x8b"):
+        parts = []
+        while raw:  # a gzip file is one or more members
+            member = zlib.decompressobj(wbits=31)
+            try:
+                parts.append(member.decompress(raw))
+            except zlib.error as error:
+                raise ValueError(f"{path}: not a sound gzip file ({error}).") from None
+            if not member.eof:
+                line = b"".join(parts).count(b"\n") + 1
+                raise ValueError(f"{path}, line {line}: the gzip file is truncated there.")
+            raw = member.unused_data
+        raw = b"".join(parts)
+    if not raw.strip():
+        raise ValueError(f"{path}: the file is empty.")
+    return raw
 
 
 def read_delimited(source: Source) -> Table:

@@ -32,6 +32,7 @@ from experiments.backbones import (
     SWEPT,
     make_graph,
     make_optimizer,
+    prepare,
     user_item_graph,
     windows_per_step,
 )
@@ -42,7 +43,6 @@ from experiments.mesh import MeshTrainer, Streams, check_mesh, split_graph, trim
 from experiments.per_user import bucket_metrics, history_lengths, target_popularity
 from experiments.ranking import Ranks, collect, metrics, ranking_data
 from experiments.training import Trainer, TrainState
-from sevo_jax import normalized_adjacency
 
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -122,7 +122,7 @@ def make_trainer(
     )
     if config.optimizer.startswith("sevo_"):
         graph = make_graph(config, split) if graph is None else graph
-        graph = normalized_adjacency(graph) if mesh is None else split_graph(graph, mesh)
+        graph = prepare(graph) if mesh is None else split_graph(graph, mesh)
     objective = backbone.objective(dataset.num_items, config)
     if config.streams > 1 or mesh is not None:
         objective = Streams(objective, config.streams, mesh)
@@ -133,7 +133,7 @@ def make_trainer(
     context = user_item_graph(split) if config.model == "lightgcn" else None
     if context is not None and mesh is None:
         # On a mesh it stays a list of edges, whose sums the partitioner understands.
-        context = normalized_adjacency(context)
+        context = prepare(context)
     batch_size = windows_per_step(config, data)
     order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))
     return make(
@@ -148,6 +148,23 @@ def make_trainer(
         context,
         touched=config.touched == "batch",
     )
+
+
+def start(
+    trainer: Trainer, seeds: Sequence[int], swept: Mapping[str, Sequence[float]] | None = None
+) -> TrainState:
+    """The state of R runs before training.
+
+    Args:
+      trainer: from `make_trainer`, made for the names of `swept`.
+      seeds: of each run `[R]`.
+      swept: by name, the value that each run has of a setting `[R]`.
+    """
+    state = trainer.init(jax.vmap(jax.random.key)(jnp.array(seeds)))
+    if not swept:
+        return state
+    values = {name: jnp.array(column, jnp.float32) for name, column in swept.items()}
+    return state._replace(opt_state=state.opt_state._replace(hyperparams=values))  # type: ignore
 
 
 def fit(
@@ -236,13 +253,8 @@ def fit_sweep(
     # Only now: data that cannot be trained on or ranked must not leave a folder behind.
     _claim(folder, configs, split.dataset, seeds, source, resume)
     runs = [(label, seed) for label in configs for seed in seeds]
-    state = trainer.init(jax.vmap(jax.random.key)(jnp.array([seed for _, seed in runs])))
-    if swept:
-        values = {
-            name: jnp.array([getattr(configs[label], name) for label, _ in runs], jnp.float32)
-            for name in swept
-        }
-        state = state._replace(opt_state=state.opt_state._replace(hyperparams=values))  # type: ignore
+    values = {name: [getattr(configs[label], name) for label, _ in runs] for name in swept}
+    state = start(trainer, [seed for _, seed in runs], values)
     logs = [
         records.Log(
             folder / label,

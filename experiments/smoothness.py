@@ -22,7 +22,7 @@ from experiments.dataset import Split
 from experiments.main_job import split_of
 from experiments.options import Ablate
 from experiments.ranking import collect, metrics, ranking_data
-from experiments.run import SELECTION, make_trainer
+from experiments.run import SELECTION, make_trainer, start
 from experiments.study import Finding
 from sevo_jax import scale_by_corrected_adam, sevo, smoothness
 from sevo_jax.layouts import Adjacency
@@ -98,10 +98,8 @@ def measure(
     (valid,), num_slots = ranking_data(
         [part], max_length=config.max_length - trainer.objective.num_queries
     )
-    keys = jnp.tile(jnp.array(seeds), len(betas))
-    state = trainer.init(jax.vmap(jax.random.key)(keys))
-    strengths = jnp.repeat(jnp.array(betas, jnp.float32), len(seeds))
-    state = state._replace(opt_state=state.opt_state._replace(hyperparams={"beta": strengths}))  # type: ignore
+    strengths = [beta for beta in betas for _ in seeds]
+    state = start(trainer, seeds * len(betas), {"beta": strengths})
 
     @jax.jit
     def energies(params: Any) -> jax.Array:

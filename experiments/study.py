@@ -25,6 +25,7 @@ STUDIES = {
     "smoothness": "experiments.smoothness",
     "theory": "experiments.theory",
     "cost": "experiments.cost",
+    "embeddings": "experiments.embeddings",
 }
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments.dataset import Dataset
+from experiments.dataset import Attributes, Dataset
 
 MIN_LENGTH, MAX_LENGTH = 5, 50
 # The length less five: floor of a log-normal, fitted to the quantiles of Amazon Beauty.
@@ -36,7 +36,8 @@ def synthetic(
     """Generates a dataset; equal arguments give equal bytes.
 
     An item's external id, such as `"c007-0012"`, tells its community and its popularity rank
-    in there. Items that nobody took stay in the dataset, as isolated nodes of the graph.
+    in there. The community is also its one attribute. Items that nobody took stay in the
+    dataset, as isolated nodes of the graph.
 
     Args:
       num_users: each has 5 to 50 interactions, about 8.5 on average.
@@ -83,13 +84,18 @@ def synthetic(
 
     label = rng.permutation(num_items)  # so that ids tell nothing to a model
     item_ids = np.empty(num_items, "<U16")
-    item_ids[label] = [f"c{c:03d}-{r:04d}" for c, r in zip(community, rank, strict=True)]
+    names = [f"c{c:03d}" for c in range(num_communities)]
+    item_ids[label] = [f"{names[c]}-{r:04d}" for c, r in zip(community, rank, strict=True)]
+    attributes = Attributes(
+        tuple(names), community[np.argsort(label)], np.arange(num_items + 1)
+    )
     return Dataset(
         name="synthetic",
         values=label[steps[steps >= 0]],
         row_splits=np.concatenate([[0], np.cumsum(length)]),
         num_items=num_items,
         item_ids=item_ids,
+        attributes=attributes,
     )
 
 

@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 
 from experiments import cli
-from experiments.ablations import ABLATIONS, programs
-from experiments.backbones import SWEPT, make_optimizer
+from experiments.ablations import ABLATIONS, ablate, programs
+from experiments.backbones import SWEPT, make_graph, make_optimizer, prepare
 from experiments.config import Config, preset
-from experiments.dataset import leave_one_out
+from experiments.dataset import Attributes, leave_one_out
+from experiments.options import Ablate
 from experiments.records import FILE, read
 from experiments.run import fit, fit_sweep, load_run, make_trainer
 from experiments.synthetic import synthetic
 from experiments.tables import ablation_of, command_of, name_of
 from sevo_jax import item_graph, smooth
+from sevo_jax.layouts import Dense
 from tests.experiments.test_run import final_state
+from tests.helpers import dense, reference_normalized, reference_smooth
 from tests.models.toys import assert_same_tree
 
 TINY = Config(dim=4, num_blocks=1, max_length=10, batch_size=64, epochs=2, eval_every=1)
@@ -143,6 +146,51 @@ def test_ablations_are_valid_and_share_programs(name):
         assert len(groups) == 1
     if name == "approximation":
         assert len(groups) == 2  # one for each method, over all beta
+
+
+@pytest.mark.parametrize("model", ["sasrec", "bert4rec"])
+def test_the_graph_of_attributes(split, model):
+    """Special rows are isolated, and the weight is the number of shared attributes."""
+    lists = [[i % 3] if i % 2 else [i % 3, 3] for i in range(60)]
+    values, splits = np.concatenate(lists), np.cumsum([0, *map(len, lists)])
+    attributes = Attributes(("a", "b", "c", "d"), values, splits)
+    other = replace(split, dataset=replace(split.dataset, attributes=attributes))
+    config = preset(model, "synthetic", "sevo_adamw", graph="attributes", graph_max_items=29)
+    for largest, known in ((30, range(4)), (29, range(3))):  # "d" is that of 30 items
+        expected = [
+            [len(set(a) & set(b) & set(known)) * (i != j) for i, a in enumerate(lists)]
+            for j, b in enumerate(lists)
+        ]
+        found = make_graph(replace(config, graph_max_items=largest), other)
+        special = int(found.n_node[0]) - 60
+        np.testing.assert_array_equal(dense(found)[special:, special:], expected)
+        assert dense(found)[:special].sum() == 0 < special
+    assert isinstance(prepare(found), Dense)  # a third of all pairs
+    sparse = prepare(item_graph([[0, 1]], 60))
+    assert not isinstance(sparse, Dense) and prepare(sparse) is sparse
+    reference = reference_smooth(
+        reference_normalized(dense(found)), np.eye(60 + special), 0.9, 3, "neumann"
+    )
+    smoothed = smooth(prepare(found), jnp.eye(60 + special), beta=0.9)
+    np.testing.assert_allclose(smoothed, reference, atol=1e-6)
+
+
+def test_genres(split, tmp_path, monkeypatch):
+    def make(optimizer, **settings):
+        return replace(TINY, epochs=1, optimizer=optimizer, **settings)
+
+    arms = ABLATIONS["genres"](make)
+    sizes = [len(group) for group in programs(arms)]
+    assert sizes == [1, 7, 6]  # AdamW; interactions with beta 0; genres
+    chosen = {label: arms[label] for label in ("genres beta=0.5", "genres beta=0.99")}
+    fit_sweep(chosen, split, [0], tmp_path)
+    tables = final_tables(tmp_path)
+    assert np.abs(tables[0] - tables[1]).max() > 1e-4
+    bare = replace(split, dataset=replace(split.dataset, attributes=None))
+    monkeypatch.setattr("experiments.ablations.split_of", lambda _: (bare.dataset, bare))
+    with pytest.raises(ValueError, match="the items of 'synthetic' have no attributes"):
+        ablate(Ablate(name="genres", out=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_switching_placement():

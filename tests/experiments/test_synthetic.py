@@ -29,6 +29,13 @@ def test_shape_is_that_of_beauty(dataset):
     assert 0.25 < top < 0.5, top
 
 
+def test_the_community_is_the_attribute(dataset):
+    attributes = dataset.known_attributes()
+    assert len(attributes.names) == 150
+    found = np.array(attributes.names)[attributes.values]  # one for each item
+    np.testing.assert_array_equal(found, [name[:4] for name in dataset.item_ids])
+
+
 def test_no_user_has_an_item_twice(dataset):
     pairs = dataset.users * dataset.num_items + dataset.values
     assert len(np.unique(pairs)) == dataset.num_interactions
