@@ -8,6 +8,8 @@ Optimizer = Literal["adamw", "sevo_adamw", "adam", "sevo_adam", "sgd", "sevo_sgd
 Placement = Literal["update", "gradient", "switch", "both"]
 Touched = Literal["gradient", "batch"]
 Loss = Literal["bce", "bpr", "gbce", "sampled_softmax", "cross_entropy"]
+Graph = Literal["items", "users_items", "teacher"]
+Distil = Literal["none", "kd", "rkd", "htd", "dkd"]
 Windows = Literal["last", "prefixes", "whole", "items", "users"]
 # What a model's objective fixes: the cut of the sequences, and the loss.
 _FIXED = {
@@ -58,7 +60,10 @@ class Config:
     graph_distance: int = 1  # H: how far apart two items of an edge may stand
     graph_weighting: Literal["inverse_distance", "count"] = "inverse_distance"
     graph_keep: Literal["last", "first"] = "last"
-    graph: Literal["items", "users_items"] = "items"  # "users_items": mf only
+    # "users_items": mf only. "teacher": the nearest neighbours in a teacher's table.
+    graph: Graph = "items"
+    distil: Distil = "none"  # how a teacher's knowledge enters the loss, see `distillation`
+    distil_weight: float = 1.0  # of that term
     loss: Loss = "bce"  # see `objectives.NextItem`; bert4rec and the pairs of mf have their own
     num_negatives: int = 1  # for each target; for "sampled_softmax", for the whole batch
     label_smoothing: float = 0.0  # "cross_entropy" only
@@ -113,6 +118,15 @@ class Config:
                 f'`placement` "{self.placement}" needs an optimizer with SEvo, got '
                 f"{self.optimizer!r}."
             )
+        if self.distil != "none" and self.model not in ("sasrec", "gru4rec"):
+            raise ValueError(
+                f'`distil` "{self.distil}" is for sasrec and gru4rec, got it for {self.model}.'
+            )
+        if self.distil in ("rkd", "htd") and self.loss not in ("bce", "bpr", "gbce"):
+            raise ValueError(
+                f'`distil` "{self.distil}" needs a `loss` with negatives for each target (bce, '
+                f"bpr, gbce), got {self.loss!r}."
+            )
         if self.touched == "batch" and (
             self.optimizer not in ("sevo_adam", "sevo_adamw")
             or self.placement == "gradient"
@@ -123,6 +137,11 @@ class Config:
                 f"of items; got it for {self.optimizer!r}, placement {self.placement!r} and "
                 f"graph {self.graph!r}."
             )
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether training needs a teacher: in its loss, or for the graph."""
+        return self.distil != "none" or self.graph == "teacher"
 
     @property
     def label(self) -> str:

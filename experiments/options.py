@@ -74,6 +74,8 @@ class Job:
     graph_keep: Literal["last", "first"] | None = None
     graph: Literal["items", "users_items"] | None = None
     """What SEvo smooths over; users and items share a graph only in mf."""
+    distil_weight: float | None = None
+    """Of the teacher's part in the loss; for `ablate distillation`."""
     loss: Loss | None = None
     num_negatives: int | None = None
     label_smoothing: float | None = None
@@ -133,7 +135,7 @@ class Ablate(Job):
 
     name: Positional[str]
     """An ablation: optimizer, approximation, rescale, correction, layers, graph, placement,
-    loss, beta, users; or a study: smoothness, theory, cost."""
+    loss, beta, users, distillation; or a study: smoothness, theory, cost."""
     arms: tuple[str, ...] = ()
     """Only these of the settings, by their names; all by default."""
 

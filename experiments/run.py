@@ -35,6 +35,7 @@ from experiments.backbones import (
 from experiments.batching import training_data
 from experiments.config import Config
 from experiments.dataset import Dataset, Split
+from experiments.distillation import distilled, teacher_graph
 from experiments.per_user import history_lengths, target_popularity
 from experiments.ranking import Ranks, collect, metrics, ranking_data
 from experiments.training import Trainer, TrainState
@@ -94,6 +95,7 @@ def make_trainer(
     swept: Sequence[str] = (),
     optimizer: Callable[[Any], optax.GradientTransformation] | None = None,
     graph: Any = None,
+    teacher: Any = None,
 ) -> Trainer:
     """Builds the compiled training functions for a configuration on a split.
 
@@ -103,15 +105,23 @@ def make_trainer(
       swept: settings that each run has its own values of, see `make_optimizer`.
       optimizer: makes the optimizer from the adjacency, in place of the one in `config`.
       graph: to smooth over, in place of that of the split.
+      teacher: a trained module, where `config` has one to learn from.
     """
     split = split.with_train_users(config.train_users)
     dataset, backbone = split.dataset, BACKBONES[config.model]
     data = training_data(
         split.train, dataset.num_items, max_length=config.max_length, windows=config.windows
     )
+    if config.has_teacher and teacher is None:
+        raise ValueError("`config` needs a `teacher`, but got none; see `ablate distillation`.")
+    if config.graph == "teacher" and graph is None:
+        graph = teacher_graph(teacher)
     if config.optimizer.startswith("sevo_"):
         graph = normalized_adjacency(make_graph(config, split) if graph is None else graph)
     objective = backbone.objective(dataset.num_items, config)
+    context = user_item_graph(split) if config.model == "lightgcn" else None
+    if config.distil != "none":
+        objective, context = distilled(objective, config, teacher)
     batch_size = windows_per_step(config, data)
     order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))
     return Trainer(
@@ -123,7 +133,7 @@ def make_trainer(
         graph,
         data,
         batch_size,
-        user_item_graph(split) if config.model == "lightgcn" else None,
+        context,
         touched=config.touched == "batch",
     )
 
@@ -170,6 +180,7 @@ def fit_sweep(
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     notes: Mapping[str, dict[str, Any]] | None = None,
+    teacher: Any = None,
 ) -> list[Result]:
     """`fit` for several settings at once, one compilation for all of them.
 
@@ -179,6 +190,7 @@ def fit_sweep(
       split, seeds, folder, source, resume, report: see `fit`; `report` gets arrays
         `[len(configs) * len(seeds)]`, the seeds of a setting next to each other.
       notes: by name, what the records of a setting's evaluations say besides.
+      teacher: see `make_trainer`.
     """
     seeds = tuple(seeds)
     if len(set(seeds)) != len(seeds) or not seeds:
@@ -195,7 +207,7 @@ def fit_sweep(
         if replace(other, **same) != config:
             raise ValueError(f"`configs` may differ in {SWEPT} alone, but {name!r} does not.")
     split = split.with_train_users(config.train_users)  # what the records shall count
-    trainer = make_trainer(config, split, swept)
+    trainer = make_trainer(config, split, swept, teacher=teacher)
     parts = [split.evaluation("valid"), split.evaluation("test")]
     (valid_data, test_data), num_slots = ranking_data(
         parts, max_length=config.max_length - trainer.objective.num_queries
@@ -354,6 +366,7 @@ def _claim(
 
 def _check_same(path: Path, wanted: dict[str, Any]) -> None:
     held = json.loads(path.read_text(encoding="utf-8"))
+    held["config"] = asdict(Config(**held["config"]))  # settings newer than the run
     held, wanted = (
         part | {"config": {k: v for k, v in part["config"].items() if k != "epochs"}}
         for part in (held, wanted)
