@@ -135,7 +135,7 @@ def test_rkd_against_the_paper():
     # Distances count by their mean, and angles do not see the scale.
     larger = jax.tree.map(lambda x: 10 * x, drawn[0])
     np.testing.assert_allclose(rkd(larger, drawn[0], WEIGHTS), 0, atol=1e-10)
-    at_the_state = drawn[0][0], np.stack([drawn[0][0]] * 2)
+    at_the_state = drawn[0][0], np.stack([drawn[0][0]] * 3)
     assert all(np.isfinite(g).all() for g in jax.grad(rkd)(at_the_state, drawn[1], WEIGHTS))
 
 
