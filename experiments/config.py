@@ -64,6 +64,7 @@ class Config:
     graph: Graph = "items"
     distil: Distil = "none"  # how a teacher's knowledge enters the loss, see `distillation`
     distil_weight: float = 1.0  # of that term
+    distil_slots: float = 1.0  # the share of a batch's slots that "kd" and "dkd" compare
     loss: Loss = "bce"  # see `objectives.NextItem`; bert4rec and the pairs of mf have their own
     num_negatives: int = 1  # for each target; for "sampled_softmax", for the whole batch
     label_smoothing: float = 0.0  # "cross_entropy" only
@@ -109,8 +110,9 @@ class Config:
                 f"`windows` of {self.model} must be last, prefixes or whole, got "
                 f"{self.windows!r}."
             )
-        if self.train_users > 1:
-            raise ValueError(f"`train_users` must be in (0, 1], got {self.train_users}.")
+        for name in ("train_users", "distil_slots"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"`{name}` must be in (0, 1], got {getattr(self, name)}.")
         if self.pvn_weight and self.model != "stosa":
             raise ValueError(f"`pvn_weight` is for stosa alone, got it for {self.model}.")
         if self.placement != "update" and not self.optimizer.startswith("sevo_"):

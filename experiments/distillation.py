@@ -5,6 +5,7 @@ is the preset with AdamW, as is the student but for its width; the teacher of th
 its best validation and without dropout, teaches the students of all seeds.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -59,7 +60,11 @@ def distilled(objective: Any, config: Config, teacher: Any) -> tuple["Distilled"
     """A `NextItem` that learns from `teacher` too, and the context that its trainer needs."""
     graphdef, state = nnx.split(teacher)
     made = Distilled(
-        **asdict(objective), distil=config.distil, weight=config.distil_weight, teacher=graphdef
+        **asdict(objective),
+        distil=config.distil,
+        weight=config.distil_weight,
+        share=config.distil_slots,
+        teacher=graphdef,
     )
     return made, nnx.to_pure_dict(state)
 
@@ -76,11 +81,14 @@ class Distilled(NextItem):
     Args:
       distil: the kind of term.
       weight: of that term.
+      share: of the slots that `"kd"` and `"dkd"` take, drawn for each batch. Fewer cost less
+        and estimate the same mean.
       teacher: its graph definition; the context holds its parameters.
     """
 
     distil: Distil = "kd"
     weight: float = 1.0
+    share: float = 1.0
     teacher: Any = None
 
     def loss(
@@ -90,16 +98,19 @@ class Distilled(NextItem):
         states, items = self.forward(module, batch, dropout_key)
         teachers, their_items = self.forward(teacher, batch, None)
         loss = self.against(module, batch, states, items)
+        key = jax.random.fold_in(dropout_key, 1)
         if self.distil in ("kd", "dkd"):
-            scored = (
-                Scored(module.score_all, states, module.items()),
-                Scored(teacher.score_all, teachers, teacher.items()),
+            chosen = self.slots(key, batch.weights)
+            sides = (module, states), (teacher, teachers)
+            student, wanted = (
+                Scored(one.score_all, vectors[chosen], one.items()) for one, vectors in sides
             )
+            weights = batch.weights[chosen]
             if self.distil == "kd":
-                term = losses.kd(*scored, batch.weights)
+                term = losses.kd(student, wanted, weights)
             else:
-                places = batch.targets - module.num_special
-                term = losses.dkd(*scored, places, batch.weights)
+                places = batch.targets[chosen] - module.num_special
+                term = losses.dkd(student, wanted, places, weights)
         elif self.distil == "rkd":
             term = losses.rkd((states, items), (teachers, their_items), batch.weights)
         else:
@@ -112,6 +123,12 @@ class Distilled(NextItem):
                 Entities(states[last], module.items(rows)),
                 Entities(teachers[last], teacher.items(rows)),
                 Entities(windows, rows > 0),
-                jax.random.fold_in(dropout_key, 1),
+                key,
             )
         return loss + self.weight * term
+
+    def slots(self, key: jax.Array, weights: jax.Array) -> jax.Array:
+        """The slots to compare all items at, by `share`; those that count come first."""
+        num = math.ceil(self.share * len(weights))
+        drawn = jax.random.uniform(key, weights.shape) * (weights > 0)
+        return jax.lax.top_k(drawn, num)[1]

@@ -76,6 +76,8 @@ class Job:
     """What SEvo smooths over; users and items share a graph only in mf."""
     distil_weight: float | None = None
     """Of the teacher's part in the loss; for `ablate distillation`."""
+    distil_slots: float | None = None
+    """The share of slots, drawn for each batch, at which all items' scores are compared."""
     loss: Loss | None = None
     num_negatives: int | None = None
     label_smoothing: float | None = None

@@ -11,7 +11,7 @@ from flax import nnx
 from experiments import cli, report
 from experiments.config import Config, preset
 from experiments.dataset import leave_one_out
-from experiments.distillation import TEACHER, distillation, teacher_graph
+from experiments.distillation import TEACHER, Distilled, distillation, teacher_graph
 from experiments.published import published_arm
 from experiments.run import load_run, make_trainer
 from experiments.synthetic import synthetic
@@ -34,7 +34,8 @@ def test_the_command(tmp_path, capsys):
     path, out, page = tmp_path / "amazon_beauty.csv", tmp_path / "out", tmp_path / "R.md"
     write_log(path)
     command = ["ablate", "distillation", "--data", str(path), "--out", str(out)]
-    command += ["--num-blocks", "1", "--epochs", "1", "--arms", "HTD", "SEvo + DKD"]
+    command += ["--num-blocks", "1", "--epochs", "1", "--distil-slots", "0.5"]
+    command += ["--arms", "HTD", "SEvo + DKD"]
     jax.config.update("jax_disable_most_optimizations", True)  # nearly all time is compilation
     try:
         cli.main(command)
@@ -76,6 +77,19 @@ def test_arms():
     ):
         with pytest.raises(ValueError, match=message):
             Config(**settings)
+
+
+def test_some_slots_stand_for_all():
+    """Drawn among those that count, each as likely as the others; the whole share is all."""
+    weights = jnp.array([1.0, 0, 1, 1, 0, 1, 1, 1])
+    for share, num in ((0.25, 2), (1.0, 8)):
+        objective = Distilled("bce", 5, share=share)
+        keys = jax.random.split(jax.random.key(0), 600)
+        drawn = np.asarray(jax.vmap(lambda key, o=objective: o.slots(key, weights))(keys))
+        assert drawn.shape == (600, num) and all(len(set(row)) == num for row in drawn)
+        if share < 1:
+            counts = np.bincount(drawn.ravel(), minlength=8)
+            assert not counts[[1, 4]].any() and counts[weights > 0].min() > 150
 
 
 def test_the_teachers_graph_joins_items_alone():

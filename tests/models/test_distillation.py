@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,10 @@ from tests.models.toys import assert_same_tree
 
 NUM_SLOTS, NUM_ITEMS, DIM, TEACHER_DIM = 7, 9, 3, 5
 TARGETS = np.array([0, 8, 3, 3, 1, 5, 2])
-WEIGHTS = np.array([1, 2, 0, 1, 1, 0.5, 1], np.float32)
+WEIGHTS: Any = np.array([1, 2, 0, 1, 1, 0.5, 1], np.float32)
 
 
-def draw(seed, *shape):
+def draw(seed, *shape) -> Any:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
@@ -41,7 +42,7 @@ def divergence(p, q):
 def over_catalogue(name, student, teacher, weights=WEIGHTS, **settings):
     extra = (jnp.asarray(TARGETS),) if name == "dkd" else ()
     sides = Scored(dot, *student), Scored(dot, *teacher)
-    loss = {"kd": kd, "dkd": dkd}[name]
+    loss: Any = {"kd": kd, "dkd": dkd}[name]
     return loss(*sides, *extra, weights, chunk_size=3, **settings)
 
 
@@ -141,9 +142,9 @@ def test_rkd_against_the_paper():
 
 def test_htd_against_the_paper():
     groups = Groups(DIM, TEACHER_DIM, num_groups=3, rngs=nnx.Rngs(0))
-    student = Entities(draw(0, 6, DIM), draw(1, 8, DIM))
-    teacher = Entities(draw(2, 6, TEACHER_DIM), draw(3, 8, TEACHER_DIM))
-    used = Entities(np.arange(6) < 5, np.arange(8) != 2)
+    student: Any = Entities(draw(0, 6, DIM), draw(1, 8, DIM))
+    teacher: Any = Entities(draw(2, 6, TEACHER_DIM), draw(3, 8, TEACHER_DIM))
+    used: Any = Entities(np.arange(6) < 5, np.arange(8) != 2)
     key = jax.random.key(1)
     experts = groups.for_users, groups.for_items
     missed, group, pairs = 0.0, [], []
