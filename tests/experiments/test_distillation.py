@@ -1,6 +1,7 @@
 """The ablation of Table 5 on little data: every arm trains, resumes and is reported."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,10 +72,11 @@ def test_arms():
     assert published_arm("distillation", "sasrec", "amazon_toys", TEACHER) is None
     with pytest.raises(ValueError, match="needs a `teacher`"):
         make_trainer(arms["KD"], leave_one_out(little()))
-    for settings, message in (
+    wrong: Any = (
         ({"model": "stosa", "distil": "kd"}, "is for sasrec and gru4rec"),
         ({"distil": "rkd", "loss": "cross_entropy"}, "needs a `loss` with negatives"),
-    ):
+    )
+    for settings, message in wrong:
         with pytest.raises(ValueError, match=message):
             Config(**settings)
 

@@ -144,7 +144,7 @@ def test_htd_against_the_paper():
     groups = Groups(DIM, TEACHER_DIM, num_groups=3, rngs=nnx.Rngs(0))
     student: Any = Entities(draw(0, 6, DIM), draw(1, 8, DIM))
     teacher: Any = Entities(draw(2, 6, TEACHER_DIM), draw(3, 8, TEACHER_DIM))
-    used: Any = Entities(np.arange(6) < 5, np.arange(8) != 2)
+    used: Any = Entities(jnp.arange(6) < 5, jnp.arange(8) != 2)
     key = jax.random.key(1)
     experts = groups.for_users, groups.for_items
     missed, group, pairs = 0.0, [], []
