@@ -16,10 +16,11 @@ from rich.table import Table
 from experiments import study
 from experiments.backbones import SWEPT
 from experiments.config import Config, Loss, preset
+from experiments.distillation import TEACHER, distillation
 from experiments.main_job import show, split_of, spread
 from experiments.options import Ablate
 from experiments.ranking import METRICS
-from experiments.run import SELECTION, Result, fit_sweep
+from experiments.run import SELECTION, Result, fit_sweep, load_run
 
 BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
 Make = Callable[..., Config]  # of an optimizer and settings that replace the preset's
@@ -155,6 +156,7 @@ ABLATIONS: dict[str, Callable[[Make], dict[str, Config]]] = {
         loss,
         beta,
         users,
+        distillation,
     )
 }
 
@@ -185,6 +187,7 @@ def ablate(options: Ablate, console: Console | None = None) -> dict[str, Result]
         _folder(arm): {"ablation": {**asked, "arm": arm, "order": order}}
         for order, arm in enumerate(arms)
     }
+    teacher = None
     for number, group in enumerate(programs(arms)):
         with show(console, ", ".join(group), next(iter(group.values()))) as report:
             results = fit_sweep(
@@ -196,7 +199,10 @@ def ablate(options: Ablate, console: Console | None = None) -> dict[str, Result]
                 resume=options.resume,
                 report=report,
                 notes=notes,
+                teacher=teacher,
             )
+        if TEACHER in group:
+            teacher = load_run(out / f"program_{number}" / TEACHER, options.seeds[0])[0]
         done |= zip(group, results, strict=True)
     console.print(_table(options.name, {label: done[label] for label in arms}))
     console.print(f"records, ranks and checkpoints are in {out}")
@@ -234,6 +240,8 @@ def arms_of(options: Ablate) -> tuple[dict[str, Config], Any, Any]:
     chosen: Sequence[str] = options.arms or tuple(arms)
     if unknown := set(chosen) - set(arms):
         raise ValueError(f"`arms` must be of {tuple(arms)}, got {sorted(unknown)}.")
+    if TEACHER not in chosen and any(arms[label].has_teacher for label in chosen):
+        chosen = (TEACHER, *chosen)
     arms = {label: arms[label] for label in chosen}
     if any(config.graph == "attributes" for config in arms.values()):
         dataset.known_attributes()  # missing ones shall not come to light after hours

@@ -16,6 +16,7 @@ from experiments.batching import TrainData
 from experiments.config import Config
 from experiments.dataset import Split
 from experiments.objectives import MaskedItem, NextItem, Objective, UserItem
+from models.distillation import Groups
 from sevo_jax import (
     attribute_graph,
     bipartite_graph,
@@ -29,6 +30,7 @@ from sevo_jax import (
 from sevo_jax.layouts import Adjacency
 
 TABLE = "item_embedding"
+WIDER = 10  # how many times a teacher's width is its student's
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ class Backbone:
     def build(self, num_users: int, num_items: int, config: Config, rngs: nnx.Rngs) -> Any:
         sizes = (num_items, num_users) if self.knows_users else (num_items,)
         settings = {name: getattr(config, field) for name, field in self.settings.items()}
-        return self.module(*sizes, **settings, rngs=rngs)
+        module = self.module(*sizes, **settings, rngs=rngs)
+        if config.distil == "htd":
+            module.groups = Groups(config.dim, WIDER * config.dim, rngs=rngs)
+        return module
 
 
 def _same(*names: str) -> dict[str, str]:

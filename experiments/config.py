@@ -7,9 +7,10 @@ Model = Literal["sasrec", "gru4rec", "bert4rec", "stosa", "mf", "lightgcn"]
 Optimizer = Literal["adamw", "sevo_adamw", "adam", "sevo_adam", "sgd", "sevo_sgd"]
 Placement = Literal["update", "gradient", "switch", "both"]
 Touched = Literal["gradient", "batch"]
-Graph = Literal["items", "users_items", "attributes"]
+Graph = Literal["items", "users_items", "attributes", "teacher"]
 Loss = Literal["bce", "bpr", "gbce", "sampled_softmax", "cross_entropy"]
 Schedule = Literal["constant", "cosine"]
+Distil = Literal["none", "kd", "rkd", "htd", "dkd"]
 Windows = Literal["last", "prefixes", "whole", "items", "users"]
 # What a model's objective fixes: the cut of the sequences, and the loss.
 _FIXED = {
@@ -66,11 +67,14 @@ class Config:
     graph_weighting: Literal["inverse_distance", "count"] = "inverse_distance"
     graph_keep: Literal["last", "first"] = "last"
     # What psi smooths over: items that follow each other; users and their items, for mf only;
-    # or items that share attributes, such as genres.
+    # items that share attributes, such as genres; or nearest neighbours in a teacher's table.
     graph: Graph = "items"
     # Attributes of more items than this make no edges: n items give n (n - 1). It spares all
     # genres of MovieLens-1M, and leaves out what nearly all items of a large shop share.
     graph_max_items: int = 2000
+    distil: Distil = "none"  # how a teacher's knowledge enters the loss, see `distillation`
+    distil_weight: float = 1.0  # of that term
+    distil_slots: float = 1.0  # the share of a batch's slots that "kd" and "dkd" compare
     loss: Loss = "bce"  # see `objectives.NextItem`; bert4rec and the pairs of mf have their own
     num_negatives: int = 1  # for each target; for "sampled_softmax", for the whole batch
     label_smoothing: float = 0.0  # "cross_entropy" only
@@ -119,14 +123,24 @@ class Config:
                 f"`windows` of {self.model} must be last, prefixes or whole, got "
                 f"{self.windows!r}."
             )
-        if self.train_users > 1:
-            raise ValueError(f"`train_users` must be in (0, 1], got {self.train_users}.")
+        for name in ("train_users", "distil_slots"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"`{name}` must be in (0, 1], got {getattr(self, name)}.")
         if self.pvn_weight and self.model != "stosa":
             raise ValueError(f"`pvn_weight` is for stosa alone, got it for {self.model}.")
         if self.placement != "update" and not self.optimizer.startswith("sevo_"):
             raise ValueError(
                 f'`placement` "{self.placement}" needs an optimizer with SEvo, got '
                 f"{self.optimizer!r}."
+            )
+        if self.distil != "none" and self.model not in ("sasrec", "gru4rec"):
+            raise ValueError(
+                f'`distil` "{self.distil}" is for sasrec and gru4rec, got it for {self.model}.'
+            )
+        if self.distil in ("rkd", "htd") and self.loss not in ("bce", "bpr", "gbce"):
+            raise ValueError(
+                f'`distil` "{self.distil}" needs a `loss` with negatives for each target (bce, '
+                f"bpr, gbce), got {self.loss!r}."
             )
         if self.touched == "batch" and (
             self.optimizer not in ("sevo_adam", "sevo_adamw")
@@ -138,6 +152,11 @@ class Config:
                 f"of items; got it for {self.optimizer!r}, placement {self.placement!r} and "
                 f"graph {self.graph!r}."
             )
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether training needs a teacher: in its loss, or for the graph."""
+        return self.distil != "none" or self.graph == "teacher"
 
     @property
     def label(self) -> str:

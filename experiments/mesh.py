@@ -75,6 +75,8 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
             '`graph` must be "items" on a mesh, which splits one table of items by rows; got '
             f"{config.graph!r}."
         )
+    if config.distil != "none":
+        raise ValueError(f"`distil` does not run on a mesh yet, got {config.distil!r}.")
 
 
 class Streams:

@@ -99,15 +99,27 @@ class NextItem:
         self, module: SequenceModel, batch: Batch, dropout_key: jax.Array, context: Any = None
     ) -> jax.Array:
         del context
+        return self.against(module, batch, *self.forward(module, batch, dropout_key))
+
+    def forward(
+        self, module: SequenceModel, batch: Batch, dropout_key: jax.Array | None
+    ) -> tuple[Any, Any]:
+        """The slots' states, and their items `[1 + n, T, ...]`: targets, then what was drawn
+        for each."""
         rows = jnp.stack([batch.inputs, batch.targets])
         if self.draws_for_each:
             rows = jnp.concatenate([rows, batch.negatives.T])
         # One gather, and so one scatter in its gradient, for all uses of the table.
         embedded = module.embed(rows)
-        inputs, targets = (
-            jax.tree.map(operator.itemgetter(place), embedded) for place in (0, 1)
-        )
+        inputs = jax.tree.map(operator.itemgetter(0), embedded)
         states = module.packed(inputs, batch.stream, dropout_key=dropout_key)
+        return states, jax.tree.map(operator.itemgetter(slice(1, None)), embedded)
+
+    def against(
+        self, module: SequenceModel, batch: Batch, states: Any, items: Any
+    ) -> jax.Array:
+        """The loss `[]` of what `forward` gave."""
+        targets = jax.tree.map(operator.itemgetter(0), items)
         positive, weights = module.score(states, targets), batch.weights
         if self.kind == "cross_entropy":
             return losses.cross_entropy(
@@ -124,7 +136,7 @@ class NextItem:
             return losses.sampled_softmax(
                 positive, negative, weights, num_items=self.num_items, hits=hit
             )
-        drawn = jax.tree.map(operator.itemgetter(slice(2, None)), embedded)
+        drawn = jax.tree.map(operator.itemgetter(slice(1, None)), items)
         negative = module.score(states, drawn).T
         if self.kind == "gbce":
             return losses.gbce(

@@ -83,9 +83,14 @@ class Job:
     graph_keep: Literal["last", "first"] | None = None
     graph: Graph | None = None
     """What SEvo smooths over: `items` that follow each other in sequences, items that share
-    `attributes` such as genres, or `users_items` together, only in mf."""
+    `attributes` such as genres, `users_items` together (mf only), or neighbours in the table
+    of a `teacher` (only in `ablate distillation`)."""
     graph_max_items: int | None = None
     """Attributes of more items make no edges."""
+    distil_weight: float | None = None
+    """Of the teacher's part in the loss; for `ablate distillation`."""
+    distil_slots: float | None = None
+    """The share of slots, drawn for each batch, at which all items' scores are compared."""
     loss: Loss | None = None
     num_negatives: int | None = None
     label_smoothing: float | None = None
@@ -155,7 +160,8 @@ class Ablate(Job):
 
     name: Positional[str]
     """An ablation: optimizer, approximation, rescale, correction, layers, graph, genres,
-    placement, loss, beta, users; or a study: smoothness, theory, cost, embeddings."""
+    placement, loss, beta, users, distillation; or a study: smoothness, theory, cost,
+    embeddings."""
     arms: tuple[str, ...] = ()
     """Only these of the settings, by their names; all by default."""
 

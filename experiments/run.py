@@ -39,6 +39,7 @@ from experiments.backbones import (
 from experiments.batching import training_data
 from experiments.config import Config
 from experiments.dataset import Dataset, Split
+from experiments.distillation import distilled, teacher_graph
 from experiments.mesh import MeshTrainer, Streams, check_mesh, split_graph, trim
 from experiments.per_user import bucket_metrics, history_lengths, target_popularity
 from experiments.ranking import Ranks, collect, metrics, ranking_data
@@ -99,6 +100,7 @@ def make_trainer(
     optimizer: Callable[[Any], optax.GradientTransformation] | None = None,
     graph: Any = None,
     mesh: Mesh | None = None,
+    teacher: Any = None,
 ) -> Trainer:
     """Builds the compiled training functions for a configuration on a split.
 
@@ -108,10 +110,11 @@ def make_trainer(
       swept: settings that each run has its own values of, see `make_optimizer`.
       optimizer: makes the optimizer from the adjacency, in place of the one in `config`.
       graph: to smooth over, in place of that of the split.
+      teacher: a trained module, where `config` has one to learn from.
       mesh: devices to train on, see `experiments.mesh`; by default JAX's first.
 
     Raises:
-      ValueError: the settings cannot train on the mesh.
+      ValueError: the settings cannot train on the mesh, or lack a teacher.
     """
     if mesh is not None:
         check_mesh(config, mesh)
@@ -120,20 +123,27 @@ def make_trainer(
     data = training_data(
         split.train, dataset.num_items, max_length=config.max_length, windows=config.windows
     )
+    if config.has_teacher and teacher is None:
+        raise ValueError("`config` needs a `teacher`, but got none; see `ablate distillation`.")
+    if config.graph == "teacher" and graph is None:
+        graph = teacher_graph(teacher)
     if config.optimizer.startswith("sevo_"):
         graph = make_graph(config, split) if graph is None else graph
         graph = prepare(graph) if mesh is None else split_graph(graph, mesh)
     objective = backbone.objective(dataset.num_items, config)
+    context = None
+    if config.model == "lightgcn":
+        context = user_item_graph(split)
+        # On a mesh it stays a list of edges, whose sums the partitioner understands.
+        context = prepare(context) if mesh is None else context
+    elif config.distil != "none":
+        objective, context = distilled(objective, config, teacher)
+    make: Any = Trainer
     if config.streams > 1 or mesh is not None:
         objective = Streams(objective, config.streams, mesh)
-    make: Any = Trainer
     if mesh is not None:
         num_rows = dataset.num_items + backbone.module.num_special
         make = functools.partial(MeshTrainer, mesh, num_rows)
-    context = user_item_graph(split) if config.model == "lightgcn" else None
-    if context is not None and mesh is None:
-        # On a mesh it stays a list of edges, whose sums the partitioner understands.
-        context = prepare(context)
     batch_size = windows_per_step(config, data)
     order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))
     return make(
@@ -220,6 +230,7 @@ def fit_sweep(
     report: Callable[[Progress], None] = lambda progress: None,
     notes: Mapping[str, dict[str, Any]] | None = None,
     mesh: Mesh | None = None,
+    teacher: Any = None,
 ) -> list[Result]:
     """`fit` for several settings at once, one compilation for all of them.
 
@@ -229,6 +240,7 @@ def fit_sweep(
       split, seeds, folder, source, resume, report, mesh: see `fit`; `report` gets arrays
         `[len(configs) * len(seeds)]`, the seeds of a setting next to each other.
       notes: by name, what the records of a setting's evaluations say besides.
+      teacher: see `make_trainer`.
     """
     seeds = tuple(seeds)
     if len(set(seeds)) != len(seeds) or not seeds:
@@ -245,7 +257,7 @@ def fit_sweep(
         if replace(other, **same) != config:
             raise ValueError(f"`configs` may differ in {SWEPT} alone, but {name!r} does not.")
     split = split.with_train_users(config.train_users)  # what the records shall count
-    trainer = make_trainer(config, split, swept, mesh=mesh)
+    trainer = make_trainer(config, split, swept, mesh=mesh, teacher=teacher)
     parts = [split.evaluation("valid"), split.evaluation("test")]
     (valid_data, test_data), num_slots = ranking_data(
         parts, max_length=config.max_length - trainer.objective.num_queries

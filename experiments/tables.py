@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from experiments.config import Config, preset
-from experiments.published import CURVES, published
+from experiments.published import CURVES, published, published_arm
 from experiments.ranking import METRICS
 from experiments.statistics import relative_gain
 
@@ -93,13 +93,21 @@ def curves_table(runs: Iterable[Records]) -> Table:
 
 
 def ablation_table(runs: Sequence[Records]) -> Table:
-    """The arms of one ablation at the best validation epoch; gains are over the first arm."""
+    """The arms of one ablation at the best validation epoch; gains are over the first arm.
+
+    Below an arm stand its published means, where there are any.
+    """
     head = ["arm", "seeds", *SHOWN, "NDCG@10 gain", "best epochs", "s/epoch", "device"]
     means = [statistics.mean(r["NDCG@10"] for r in run if r["kind"] == "test") for run in runs]
-    rows = [
-        [name_of(run), *_scores(run), gain(mean, means[0]), *_conditions(run)]
-        for run, mean in zip(runs, means, strict=True)
-    ]
+    known = [_published(run) for run in runs]
+    rows = []
+    for run, mean, theirs in zip(runs, means, known, strict=True):
+        rows.append([name_of(run), *_scores(run), gain(mean, means[0]), *_conditions(run)])
+        if theirs:
+            cells = [f"{theirs[name]:.4f}" for name in SHOWN]
+            base = known[0]["NDCG@10"] if known[0] else 0.0
+            over = gain(theirs["NDCG@10"], base)
+            rows.append([f"*published {name_of(run)}*", "5", *cells, over, "", "", ""])
     return Table(head, rows)
 
 
@@ -133,6 +141,12 @@ def bucket_tables(runs: Iterable[Records]) -> Iterator[tuple[str, Table]]:
             span = f"{low} to {high}" if low < high else str(low)
             rows.append([span, f"{targets:,}", *scores])
         yield f"Test NDCG@10 by {what}", Table([what, "targets", *columns], rows)
+
+
+def _published(run: Records) -> dict[str, float] | None:
+    """The published means of an ablation's arm."""
+    arm, (data, model, _) = _arm(run), place_of(run)
+    return published_arm(arm["name"], model, data, arm["arm"])
 
 
 def gain(value: float, baseline: float) -> str:

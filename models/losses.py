@@ -144,20 +144,50 @@ def cross_entropy(
             f"`cross_entropy`: `label_smoothing` must lie in [0, 1), got {label_smoothing}."
         )
 
-    def chunk_loss(items: Items, chunk: tuple[States, jax.Array, jax.Array]) -> jax.Array:
-        states, positive, weights = chunk
+    def chunk_loss(items: Items, slots: tuple[States, jax.Array], _: None) -> jax.Array:
+        states, positive = slots
         scores = score_all(states, items)
         losses = jax.nn.logsumexp(scores, axis=1) - (1 - label_smoothing) * positive
         if label_smoothing:
             losses -= label_smoothing * scores.mean(axis=1)
-        return (losses * weights).sum()
+        return losses
 
+    return mean_in_chunks(
+        chunk_loss, items, (states, positive), None, weights, chunk_size=chunk_size
+    )
+
+
+def mean_in_chunks(
+    loss: Callable[[Any, Any, Any], jax.Array],
+    shared: Any,
+    slots: Any,
+    fixed: Any,
+    weights: jax.Array,
+    *,
+    chunk_size: int,
+) -> jax.Array:
+    """Weighted mean of losses over slots, a few at a time, value and gradient together.
+
+    Args:
+      loss: of C slots, `[C]`, from `shared` and C slots of `slots` and of `fixed`; from its
+        arguments alone.
+      shared: arrays of any shape.
+      slots: leaves `[T, ...]`.
+      fixed: leaves `[T, ...]` that get no gradient.
+      weights: `[T]`.
+      chunk_size: C, slots at a time.
+    """
     used = weights > 0
-    slots = (states, positive, jnp.where(used, weights, 0))
+    pieces = ((slots, jnp.where(used, weights, 0)), fixed)
     # No infinite score, which times a weight of 0 would be NaN.
-    slots = jax.tree.map(lambda x: jnp.where(_like(used, x), x, 0), slots)
-    chunks = jax.tree.map(lambda x: _chunks(x, min(chunk_size, len(weights))), slots)
-    summed: Any = _sum_over_chunks(chunk_loss, items, chunks)
+    pieces = jax.tree.map(lambda x: jnp.where(_like(used, x), x, 0), pieces)
+    pieces = jax.tree.map(lambda x: _chunks(x, min(chunk_size, len(weights))), pieces)
+
+    def weighted(shared: Any, chunk: Any, fixed: Any) -> jax.Array:
+        slots, weights = chunk
+        return (loss(shared, slots, fixed) * weights).sum()
+
+    summed: Any = _sum_over_chunks(weighted, shared, *pieces)
     total = weights.sum()
     return summed / jnp.where(total > 0, total, 1)
 
@@ -193,27 +223,27 @@ def _chunks(x: jax.Array, size: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_over_chunks(loss: Callable[[Any, Any], jax.Array], shared: Any, chunks: Any):
-    """Sum of `loss(shared, chunk)` over the leading axis of `chunks`.
+def _sum_over_chunks(loss: Callable[..., jax.Array], shared: Any, chunks: Any, fixed: Any):
+    """Sum of `loss(shared, chunk, fixed)` over the leading axis of `chunks` and `fixed`.
 
     When differentiated, the gradient of a chunk is taken together with its value: nothing of
-    its size outlives it, and nothing is computed again.
+    its size outlives it, and nothing is computed again. `fixed` has none.
     """
-    return jax.lax.map(functools.partial(loss, shared), chunks).sum()
+    return jax.lax.map(lambda pieces: loss(shared, *pieces), (chunks, fixed)).sum()
 
 
-def _sum_and_gradients(loss: Callable[[Any, Any], jax.Array], shared: Any, chunks: Any):
-    def step(total: Any, chunk: Any):
-        value, (of_shared, of_chunk) = jax.value_and_grad(loss, (0, 1))(shared, chunk)
+def _sum_and_gradients(loss: Callable[..., jax.Array], shared: Any, chunks: Any, fixed: Any):
+    def step(total: Any, pieces: Any):
+        value, (of_shared, of_chunk) = jax.value_and_grad(loss, (0, 1))(shared, *pieces)
         return jax.tree.map(jnp.add, total, of_shared), (value, of_chunk)
 
     start = jax.tree.map(jnp.zeros_like, shared)
-    of_shared, (values, of_chunks) = jax.lax.scan(step, start, chunks)
+    of_shared, (values, of_chunks) = jax.lax.scan(step, start, (chunks, fixed))
     return values.sum(), (of_shared, of_chunks)
 
 
-def _scale_gradients(loss: Callable[[Any, Any], jax.Array], gradients: Any, cotangent: Any):
-    return jax.tree.map(lambda gradient: gradient * cotangent, gradients)
+def _scale_gradients(loss: Callable[..., jax.Array], gradients: Any, cotangent: Any):
+    return *jax.tree.map(lambda gradient: gradient * cotangent, gradients), None
 
 
 _sum_over_chunks.defvjp(_sum_and_gradients, _scale_gradients)

@@ -1,0 +1,110 @@
+"""The ablation of Table 5 on little data: every arm trains, resumes and is reported."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import cli, report
+from experiments.config import Config, preset
+from experiments.dataset import leave_one_out
+from experiments.distillation import TEACHER, Distilled, distillation, teacher_graph
+from experiments.published import published_arm
+from experiments.run import load_run, make_trainer
+from experiments.synthetic import synthetic
+from models import SASRec
+from tests.helpers import dense
+
+
+def little():
+    return synthetic(num_users=60, num_items=40, num_communities=2)
+
+
+def write_log(path):
+    found = little()
+    users = np.repeat(np.arange(found.num_users), np.diff(found.row_splits))
+    rows = np.stack([users, found.values, np.arange(len(users))], axis=1)
+    np.savetxt(path, rows, "%d", ",", header="user,item,timestamp", comments="")
+
+
+def test_the_command(tmp_path, capsys):
+    path, out, page = tmp_path / "amazon_beauty.csv", tmp_path / "out", tmp_path / "R.md"
+    write_log(path)
+    command = ["ablate", "distillation", "--data", str(path), "--out", str(out)]
+    command += ["--num-blocks", "1", "--epochs", "1", "--distil-slots", "0.5"]
+    command += ["--arms", "HTD", "SEvo + DKD"]
+    jax.config.update("jax_disable_most_optimizations", True)  # nearly all time is compilation
+    try:
+        cli.main(command)
+        first = {p.parent.name: p.read_bytes() for p in out.rglob("ranks.npz")}
+        teacher = next(out.rglob("teacher/run.json"))
+        kept = (teacher.stat().st_mtime_ns, len(json.loads(teacher.read_text())))
+        cli.main([*command, "--resume"])
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    again = {p.parent.name: p.read_bytes() for p in out.rglob("ranks.npz")}
+    assert set(first) == {TEACHER, "HTD", "SEvo_+_DKD"} and first == again
+    assert (teacher.stat().st_mtime_ns, len(json.loads(teacher.read_text()))) == kept
+    for name, dim in ((TEACHER, 200), ("HTD", 20)):  # with its experts beside it
+        module, _, config = load_run(next(out.rglob(f"{name}/run.json")).parent)
+        assert module.item_embedding.embedding.shape == (41, dim) and config.dim == dim
+    assert len(list(report.tested([out]))) == 3
+    report.write_report([out], page)
+    text = page.read_text()
+    assert "| *published SEvo + DKD* | 5 | 0.0166 | 0.0407 | 0.0568 | 0.0289 | 0.0341 |" in text
+    assert "ablate distillation --data amazon_beauty" in text
+    capsys.readouterr()
+
+
+def test_arms():
+    def make(optimizer, **settings):
+        return preset("sasrec", "amazon_beauty", optimizer, **settings)
+
+    arms = distillation(make)
+    for arm, config in arms.items():
+        assert published_arm("distillation", "sasrec", "amazon_beauty", arm)
+        assert config.dim == (200 if arm == TEACHER else 20)
+        assert config.has_teacher == (arm not in ("student", TEACHER))
+    assert published_arm("distillation", "sasrec", "amazon_toys", TEACHER) is None
+    with pytest.raises(ValueError, match="needs a `teacher`"):
+        make_trainer(arms["KD"], leave_one_out(little()))
+    wrong: Any = (
+        ({"model": "stosa", "distil": "kd"}, "is for sasrec and gru4rec"),
+        ({"distil": "rkd", "loss": "cross_entropy"}, "needs a `loss` with negatives"),
+    )
+    for settings, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            Config(**settings)
+
+
+def test_some_slots_stand_for_all():
+    """Drawn among those that count, each as likely as the others; the whole share is all."""
+    weights = jnp.array([1.0, 0, 1, 1, 0, 1, 1, 1])
+    for share, num in ((0.25, 2), (1.0, 8)):
+        objective = Distilled("bce", 5, share=share)
+        keys = jax.random.split(jax.random.key(0), 600)
+        drawn = np.asarray(jax.vmap(lambda key, o=objective: o.slots(key, weights))(keys))
+        assert drawn.shape == (600, num) and all(len(set(row)) == num for row in drawn)
+        if share < 1:
+            counts = np.bincount(drawn.ravel(), minlength=8)
+            assert not counts[[1, 4]].any() and counts[weights > 0].min() > 150
+
+
+def test_the_teachers_graph_joins_items_alone():
+    teacher = SASRec(30, dim=8, num_blocks=1, rngs=nnx.Rngs(0))
+    table = np.array(teacher.item_embedding.embedding[...])
+    table[0] = table[1]  # padding, as near as can be
+    teacher.item_embedding.embedding[...] = jnp.asarray(table)
+    weights = dense(teacher_graph(teacher))
+    assert not weights[0].any() and not weights[:, 0].any()
+    unit = table[1:] / np.linalg.norm(table[1:], axis=1, keepdims=True)
+    similarity = unit @ unit.T - 2 * np.eye(30)
+    for i, row in enumerate(similarity):
+        nearest = [j for j in np.argsort(-row)[:10] if row[j] > 0]
+        np.testing.assert_allclose(
+            weights[i + 1, np.array(nearest) + 1], row[nearest], rtol=1e-5
+        )
