@@ -5,7 +5,7 @@ the raw weight in `edges`. Node ids are rows of the embedding table: whoever kee
 row shifts the ids, and a row that never occurs becomes an isolated node.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Literal
 
