@@ -14,8 +14,8 @@ from sevo_jax import item_graph
 LENGTH = 8  # of every generated sequence, about the mean of Amazon's
 # An item's popularity is that of a fifth uniform, the rest log-normal. Relative to the mean its
 # quantiles .1, .5, .9 and .99 are then .28, .59, 2.0 and 6.6; Amazon Beauty, Toys, Tools and
-# Home have .24-.30, .54-.61, 1.9-2.1 and 5.7-7.6, and their largest grows with the catalogue
-# as the log-normal's does.
+# Home have .24-.30, .54-.61, 1.9-2.1 and 5.7-7.6. The largest degree grows with the catalogue
+# there too; generated at Beauty's size it is 45 times the mean, as in Home, and Beauty's 25.
 UNIFORM, SIGMA = 0.2, 1.2
 
 
