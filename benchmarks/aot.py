@@ -1,7 +1,7 @@
 """The training step compiled for TPUs and GPUs that are not there: memory, collectives, cost.
 
     pip install "jax[tpu]" jax-cuda13-plugin nvidia-cuda-nvcc
-    python -m benchmarks.aot --targets v5e v5e-4x4 --out benchmarks/AOT.md
+    python -m benchmarks aot --targets v5e v5e-4x4 --out benchmarks/AOT.md
 
 Compiles a full step of SASRec + SEvo-AdamW (forward, backward, Adam, psi, decay) for a
 described topology. Arguments are shapes alone: nothing is allocated, and nothing is run. The
@@ -240,14 +240,14 @@ def check(options: Options) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Compiles one step after the other; bad input ends with a message and exit status 2."""
     args = sys.argv[1:] if args is None else args
-    options = tyro.cli(Options, prog="python -m benchmarks.aot", args=args)
+    options = tyro.cli(Options, prog="python -m benchmarks aot", args=args)
     try:
         check(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     jax.config.update("jax_platforms", "cpu")  # the compilers alone, not their devices
-    command = f"python -m benchmarks.aot {shlex.join(args)}".strip()
+    command = f"python -m benchmarks aot {shlex.join(args)}".strip()
     steps = []
     for target in options.targets:
         for size in options.sizes:
@@ -255,7 +255,3 @@ def main(args: Sequence[str] | None = None) -> None:
             print(" | ".join(row(steps[-1])), flush=True)
             if options.out:
                 options.out.write_text(page(steps, command), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

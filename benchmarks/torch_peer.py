@@ -7,10 +7,37 @@ masked score matrix and top-k. Batches are prepared outside of the timed part, w
 official code's data loader does not get for free.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from sevo_jax import normalized_adjacency
+
+
+def csr(graph: Any) -> torch.Tensor:
+    """The normalised adjacency of a graph as a sparse matrix of PyTorch."""
+    rows: Any = normalized_adjacency(graph, layout="rows")
+    arrays = (np.array(a) for a in (rows.row_splits, rows.columns, rows.weights))
+    return torch.sparse_csr_tensor(*map(torch.from_numpy, arrays), size=(rows.num_nodes,) * 2)
+
+
+@torch.no_grad()
+def smooth(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    beta: float = 0.99,
+    layers: int = 3,
+) -> torch.Tensor:
+    """psi, from a function that multiplies by the adjacency."""
+    total = x
+    for _ in range(layers):
+        x = beta * product(x)
+        total = total + x
+    return total * ((1 - beta) / (1 - beta ** (layers + 1)))
 
 
 class SASRec(nn.Module):
@@ -46,9 +73,11 @@ class SASRec(nn.Module):
 
 
 class SevoAdamW(torch.optim.Optimizer):
-    """AdamW whose step for the first parameter is corrected and smoothed."""
+    """AdamW; with an adjacency, its step for the first parameter is corrected and smoothed."""
 
-    def __init__(self, params, adjacency: torch.Tensor, lr=1e-3, b1=0.9, b2=0.98, decay=0.1):
+    def __init__(
+        self, params, adjacency: torch.Tensor | None, lr=1e-3, b1=0.9, b2=0.98, decay=0.1
+    ):
         super().__init__(params, {"lr": lr})
         self.adjacency, self.b1, self.b2, self.decay = adjacency, b1, b2, decay
         self.time = 0
@@ -63,7 +92,7 @@ class SevoAdamW(torch.optim.Optimizer):
                 state["m"], state["v"] = torch.zeros_like(p), torch.zeros_like(p)
             m, v, grad = state["m"], state["v"], p.grad
             square = grad * grad
-            if i == 0:
+            if i == 0 and self.adjacency is not None:
                 empty = (grad == 0).all(dim=1, keepdim=True)
                 before = max(1, t - 1)
                 grad = torch.where(empty, m / (1 - b1**before), grad)
@@ -71,17 +100,10 @@ class SevoAdamW(torch.optim.Optimizer):
             m.mul_(b1).add_(grad, alpha=1 - b1)
             v.mul_(b2).add_(square, alpha=1 - b2)
             delta = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + 1e-8)
-            if i == 0:
-                delta = self.smooth(delta)
+            if i == 0 and (matrix := self.adjacency) is not None:
+                delta = smooth(lambda y, matrix=matrix: matrix @ y, delta)
             lr = self.param_groups[0]["lr"]
             p.mul_(1 - lr * self.decay).add_(delta, alpha=-lr)
-
-    def smooth(self, x: torch.Tensor, beta: float = 0.99, layers: int = 3) -> torch.Tensor:
-        total = x
-        for _ in range(layers):
-            x = beta * (self.adjacency @ x)
-            total = total + x
-        return total * ((1 - beta) / (1 - beta ** (layers + 1)))
 
 
 def padded(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int):
@@ -89,6 +111,22 @@ def padded(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: i
     column = np.arange(width) - (width - lengths[:, None])
     index = starts[:, None] + np.maximum(column, 0)
     return torch.from_numpy(np.where(column >= 0, values[index] + 1, 0))
+
+
+def training_batches(split: Any, batch_size: int, width: int) -> list[tuple[torch.Tensor, ...]]:
+    """An epoch of padded inputs, targets and negatives, `[B, width]` each."""
+    rng = np.random.default_rng(0)
+    values, splits = split.train
+    order = rng.permutation(len(splits) - 1)
+    lengths = np.minimum(np.diff(splits) - 1, width)
+    batches = []
+    for users in np.array_split(order, -(-len(order) // batch_size)):
+        starts = splits[users + 1] - 1 - lengths[users]
+        inputs = padded(values, starts, lengths[users], width)
+        targets = padded(values, starts + 1, lengths[users], width)
+        drawn = rng.integers(1, split.dataset.num_items + 1, inputs.shape)
+        batches.append((inputs, targets, torch.from_numpy(drawn) * (targets > 0)))
+    return batches
 
 
 def train_step(model: SASRec, optimizer: SevoAdamW, batch) -> float:

@@ -5,7 +5,8 @@ the raw weight in `edges`. Node ids are rows of the embedding table: whoever kee
 row shifts the ids, and a row that never occurs becomes an isolated node.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Literal
 
 import jraph
@@ -14,9 +15,11 @@ from numpy.typing import ArrayLike
 
 from sevo_jax.ids import Ragged, check_choice, check_ids, check_positive, ragged
 
+_BLOCK = 1 << 22  # values, pairs or keys in flight at a time: bounds the working memory
+
 
 def item_graph(
-    sequences: Ragged,
+    sequences: Ragged | Iterator[Ragged],
     num_nodes: int,
     *,
     window: int | None = 50,
@@ -34,6 +37,9 @@ def item_graph(
     Args:
       sequences: item ids in order, oldest first: a list of integer arrays, or a tuple
         (values `[num_values]`, row_splits `[num_sequences + 1]`). Use training data only.
+        Or an iterator over blocks of sequences, each a list or such a tuple: then no more than
+        a block is held at a time, beside the distinct pairs found so far, and the graph is the
+        same. Memory-mapped `values` are read a part at a time as well.
       num_nodes: rows of the embedding table.
       window: how many items of each sequence count (the paper's K), None for all.
       max_distance: the largest h (the paper's H).
@@ -64,18 +70,24 @@ def item_graph(
     check_positive("item_graph", "max_distance", max_distance)
     if window is not None:
         check_positive("item_graph", "window", window)
-    values, splits = ragged("item_graph", "sequences", sequences, num_nodes)
-    values, splits = _crop(values, splits, window, keep)
-    position = np.arange(len(values))
-    remaining = np.repeat(splits[1:], np.diff(splits)) - position
-
-    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-        for distance in range(1, max_distance + 1):
-            left = np.flatnonzero(remaining > distance)
-            weight = 1 / distance if weighting == "inverse_distance" else 1.0
-            yield values[left], values[left + distance], weight
-
-    return _graph(_count_pairs(pairs(), num_nodes), num_nodes)
+    blocks = sequences if isinstance(sequences, Iterator) else iter([sequences])
+    pairs = [_Pairs(num_nodes) for _ in range(max_distance)]
+    for block in blocks:
+        values, splits = ragged("item_graph", "sequences", block, num_nodes)
+        for part, part_splits in _cut(values, splits):
+            part, part_splits = _crop(part, part_splits, window, keep)
+            length = np.diff(part_splits)
+            remaining = np.repeat(part_splits[1:], length) - np.arange(len(part))
+            for distance, found in enumerate(pairs, start=1):
+                left = np.flatnonzero(remaining > distance)
+                found.add(part[left], part[left + distance])
+    # Counts are added up before they are weighted, so the blocks leave no trace in rounding.
+    keys, weights = [], []
+    for distance, found in enumerate(pairs, start=1):
+        found_keys, counts = found.counted()
+        keys.append(found_keys)
+        weights.append(counts / distance if weighting == "inverse_distance" else counts)
+    return _mirrored(*_added(keys, weights), num_nodes)
 
 
 def bipartite_graph(
@@ -109,8 +121,9 @@ def bipartite_graph(
             f"has {len(users)} entries and `items` {len(items)}."
         )
     num_nodes = num_users + num_items
-    items = items.astype(np.int64) + num_users
-    return _graph(_count_pairs([(users, items, 1.0)], num_nodes), num_nodes)
+    pairs = _Pairs(num_nodes)
+    pairs.add(users, items.astype(np.int64) + num_users)
+    return _mirrored(*pairs.counted(), num_nodes)
 
 
 def attribute_graph(attributes: Ragged, *, max_items: int | None = None) -> jraph.GraphsTuple:
@@ -155,8 +168,9 @@ def attribute_graph(attributes: Ragged, *, max_items: int | None = None) -> jrap
     after = np.cumsum(size)[group] - np.arange(len(item)) - 1
     left = np.repeat(np.arange(len(item)), after)
     offset = np.arange(len(left)) - np.repeat(np.cumsum(after) - after, after)
-    pairs = [(item[left], item[left + 1 + offset], 1.0)]
-    return _graph(_count_pairs(pairs, num_nodes), num_nodes)
+    pairs = _Pairs(num_nodes)
+    pairs.add(item[left], item[left + 1 + offset])
+    return _mirrored(*pairs.counted(), num_nodes)
 
 
 def knn_graph(embeddings: ArrayLike, k: int = 10) -> jraph.GraphsTuple:
@@ -201,52 +215,110 @@ def knn_graph(embeddings: ArrayLike, k: int = 10) -> jraph.GraphsTuple:
     pair, first = np.unique(np.concatenate(keys), return_index=True)
     weight = np.concatenate(weights)[first]
     pair, weight = pair[weight > 0], weight[weight > 0]
-    mirrored = pair % max(num_nodes, 1) * num_nodes + pair // max(num_nodes, 1)
-    both = np.concatenate([pair, mirrored])
-    order = np.argsort(both)
-    return _graph((both[order], np.concatenate([weight, weight])[order]), num_nodes)
+    return _mirrored(pair, weight, num_nodes)
 
 
-def _count_pairs(
-    pairs: Iterable[tuple[np.ndarray, np.ndarray, float]], num_nodes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted keys `receiver * num_nodes + sender` of both directions, and their weights.
+class _Pairs:
+    """Counts unordered pairs of nodes that come a part at a time.
 
-    A plain sort of keys and the lengths of runs: several times faster than sorting triples,
-    and a pair (x, x) is counted twice, once for each direction, without a special case.
+    A pair i <= j has the key `i * num_nodes + j`. Every part becomes a sorted run of distinct
+    keys. When the runs hold twice what they held after they were last merged, they are merged
+    again: memory follows the number of distinct pairs, not that of all pairs.
     """
-    all_keys, all_weights = [np.zeros(0, np.int64)], [np.zeros(0)]
-    for left, right, weight in pairs:
-        left, right = left.astype(np.int64), right.astype(np.int64)
-        keys = np.concatenate([left * num_nodes + right, right * num_nodes + left])
-        keys.sort()
-        start = np.flatnonzero(np.diff(keys, prepend=-1))
-        all_keys.append(keys[start])
-        all_weights.append(np.diff(start, append=len(keys)) * weight)
-    if len(all_keys) == 2:
-        return all_keys[1], all_weights[1]
-    keys, weights = np.concatenate(all_keys), np.concatenate(all_weights)
-    order = np.argsort(keys, kind="stable")  # merges runs that are sorted already
-    keys = keys[order]
-    start = np.flatnonzero(np.diff(keys, prepend=-1))
-    return keys[start], np.add.reduceat(weights[order], start) if len(start) else weights
+
+    def __init__(self, num_nodes: int):
+        self.num_nodes = num_nodes
+        self.keys = [np.zeros(0, np.int64)]
+        self.counts = [np.zeros(0, np.int32)]
+        self.merged = 0
+
+    def add(self, left: np.ndarray, right: np.ndarray) -> None:
+        """Counts the pairs (left, right), int `[n]` each."""
+        for first in range(0, len(left), _BLOCK):
+            part = slice(first, first + _BLOCK)
+            one, other = left[part].astype(np.int64), right[part].astype(np.int64)
+            keys = np.minimum(one, other) * self.num_nodes + np.maximum(one, other)
+            keys.sort()
+            start = np.flatnonzero(np.diff(keys, prepend=-1))
+            self.keys.append(keys[start])
+            self.counts.append(np.diff(start, append=len(keys)).astype(np.int32))
+            if sum(map(len, self.keys)) > 2 * max(self.merged, _BLOCK):
+                self._merge()
+
+    def _merge(self) -> None:
+        keys, counts = _added(self.keys, self.counts)
+        self.keys, self.counts, self.merged = [keys], [counts], len(keys)
+
+    def counted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted distinct keys `[n]`, and how often each was seen."""
+        self._merge()
+        return self.keys[0], self.counts[0]
 
 
-def _graph(weighted: tuple[np.ndarray, np.ndarray], num_nodes: int) -> jraph.GraphsTuple:
-    keys, weights = weighted
+def _added(keys: list[np.ndarray], weights: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The sorted distinct keys of runs that are sorted, and their weights added up.
+
+    A range of keys at a time, so that the sort needs little memory of its own.
+    """
+    if len(keys) == 1:
+        return keys[0], weights[0]
+    longest = max(keys, key=len)
+    borders = [0, *longest[_BLOCK::_BLOCK], np.iinfo(np.int64).max]
+    places = [np.searchsorted(run, borders) for run in keys]
+    parts = []
+    for i in range(len(borders) - 1):
+        cuts = [slice(place[i], place[i + 1]) for place in places]
+        part = np.concatenate([run[cut] for run, cut in zip(keys, cuts, strict=True)])
+        weight = np.concatenate([run[cut] for run, cut in zip(weights, cuts, strict=True)])
+        order = np.argsort(part, kind="stable")  # merges runs that are sorted already
+        part, weight = part[order], weight[order]
+        start = np.flatnonzero(np.diff(part, prepend=-1))
+        parts.append((part[start], np.add.reduceat(weight, start) if len(start) else weight))
+    distinct, total = zip(*parts, strict=True)
+    return np.concatenate(distinct), np.concatenate(total)
+
+
+def _mirrored(keys: np.ndarray, weights: np.ndarray, num_nodes: int) -> jraph.GraphsTuple:
+    """A graph of both directions, from sorted keys `i * num_nodes + j` with i <= j.
+
+    Each row of the matrix holds first what stands below the diagonal and then the rest, so
+    both halves are put in their places without being sorted together. A pair (i, i) has one
+    place and counts twice, once for each direction.
+    """
+    size = max(num_nodes, 1)
+    left, right = (keys // size).astype(np.int32), (keys % size).astype(np.int32)
+    loop = left == right
+    below = np.flatnonzero(~loop)
+    below = below[np.argsort(right[below], kind="stable")]  # by row, then column
+    above = np.bincount(left, minlength=num_nodes)
+    under = np.bincount(right[below], minlength=num_nodes)
+    num_edges = len(keys) + len(below)
     # NumPy arrays where jraph's types say JAX: graphs of any size are built on the host.
-    receivers: Any = (keys // max(num_nodes, 1)).astype(np.int32)
-    senders: Any = (keys % max(num_nodes, 1)).astype(np.int32)
-    sizes: Any = np.array([[num_nodes], [len(keys)]], np.int32)
+    receivers: Any = np.repeat(np.arange(num_nodes, dtype=np.int32), above + under)
+    senders: Any = np.empty(num_edges, np.int32)
+    edges: Any = np.empty(num_edges, np.float32)
+    place = np.arange(len(keys)) + np.repeat(np.cumsum(under), above)
+    senders[place], edges[place] = right, weights * (1 + loop)
+    place = np.arange(len(below)) + np.repeat(np.cumsum(above) - above, under)
+    senders[place], edges[place] = left[below], weights[below]
+    sizes: Any = np.array([[num_nodes], [num_edges]], np.int32)
     return jraph.GraphsTuple(
         nodes=None,
-        edges=weights.astype(np.float32),
+        edges=edges,
         receivers=receivers,
         senders=senders,
         globals=None,
         n_node=sizes[0],
         n_edge=sizes[1],
     )
+
+
+def _cut(values: np.ndarray, splits: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Parts of whole sequences, of about `_BLOCK` values each."""
+    starts = np.arange(0, len(values) or 1, _BLOCK)
+    rows = np.unique([*np.searchsorted(splits, starts), len(splits) - 1])
+    for first, last in pairwise(rows):
+        yield values[splits[first] : splits[last]], splits[first : last + 1] - splits[first]
 
 
 def _crop(

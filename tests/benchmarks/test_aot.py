@@ -144,6 +144,6 @@ def test_compiles_for_devices_that_are_not_there(target, tmp_path):
     if package := missing(TARGETS[target]):
         pytest.skip(f"its compiler, {package}, is not installed")
     out = tmp_path / "page.md"
-    _run("-m", "benchmarks.aot", "--targets", target, "--sizes", "beauty", "--out", str(out))
+    _run("-m", "benchmarks", "aot", "--targets", target, "--sizes", "beauty", "--out", str(out))
     (line,) = [line for line in out.read_text().splitlines() if line.startswith(f"| {target}")]
     assert "| yes, of" in line and "2 all-to-all" in line

@@ -6,6 +6,7 @@
 
 import csv
 import gzip
+import itertools
 import time
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sevo_jax
+import sevo_jax.graph as graph_module
 from tests.data_path import data_folder
 from tests.helpers import dense, reference_graph
 
@@ -174,6 +176,43 @@ def test_build_time():
     graph = sevo_jax.item_graph((values, splits), 50_000)
     assert time.perf_counter() - start < 10  # takes .4 s; a loop over the pairs takes minutes
     assert graph.edges.sum() == 2 * 900_000
+
+
+@pytest.mark.parametrize("weighting", ["inverse_distance", "count"])
+def test_blocks_give_the_same_graph_bit_for_bit(monkeypatch, tmp_path, weighting):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 30, 400)
+    splits = np.concatenate([[0], np.cumsum(lengths)])
+    values = rng.integers(0, 60, splits[-1]).astype(np.int32)
+
+    def build(sequences):
+        graph = sevo_jax.item_graph(
+            sequences, 60, window=20, max_distance=7, weighting=weighting
+        )
+        return graph.receivers, graph.senders, graph.edges
+
+    expected = build((values, splits))
+    np.save(tmp_path / "values.npy", values)
+    mapped = np.load(tmp_path / "values.npy", mmap_mode="r")
+    monkeypatch.setattr(graph_module, "_BLOCK", 64)  # so that runs are cut and merged often
+    cuts = [0, 1, 150, 150, 400]
+    blocks = [
+        (values[splits[a] : splits[b]], splits[a : b + 1] - splits[a])
+        for a, b in itertools.pairwise(cuts)
+    ]
+    lists = ([values[a:b] for a, b in itertools.pairwise(splits)] for _ in range(1))
+    for form in ((values, splits), (mapped, splits), iter(blocks), lists):
+        for one, other in zip(build(form), expected, strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+
+
+def test_bad_block_and_no_block():
+    assert len(sevo_jax.item_graph(iter([]), 3).edges) == 0
+    with pytest.raises(ValueError, match="the largest is 3"):
+        sevo_jax.item_graph(iter([[[0, 1]], [[1, 3]]]), 3)
+    with pytest.raises(ValueError, match="row 0 is int"):  # of sequences instead of blocks
+        sevo_jax.item_graph(iter([[0, 1]]), 3)
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Benchmarks that anyone can run with public tools; `python -m benchmarks --help`."""

@@ -1,0 +1,165 @@
+"""The suite without PyTorch: its clock, its graphs, small runs, and the page."""
+
+import dataclasses
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+
+from benchmarks import cli, graphs, measure, page, psi
+from experiments.dataset import leave_one_out
+from experiments.loaders import load
+from sevo_jax import item_graph
+from tests.data_path import data_folder
+
+QUANTILES = (0.1, 0.5, 0.9, 0.99)
+
+
+def test_turns_are_taken_and_the_first_call_does_not_count():
+    now, calls = 0.0, []
+
+    def function(name, seconds):
+        def call():
+            nonlocal now
+            calls.append(name)
+            now += next(seconds)
+
+        return call
+
+    # A first call, one to see how long it takes, and three turns: of one call, and of two.
+    long = function("long", iter([99, 5, 4, 6, 8]))
+    short = function("short", iter([99, 2, 1, 1, 3, 3, 2, 4]))
+    found = measure.turns({"long": long, "short": short}, 3, clock=lambda: now, least=4)
+    assert "".join(name[0] for name in calls) == "llss" + "lss" * 3
+    assert found["long"] == {"median": 6, "min": 4}
+    assert found["short"] == {"median": 3, "min": 1}
+
+
+def _relative(degrees: np.ndarray) -> np.ndarray:
+    return np.quantile(degrees, QUANTILES) / degrees.mean()
+
+
+def test_generated_logs_have_the_popularities_they_promise():
+    size = graphs.Size(5_000, 60_000)
+    made = list(graphs.blocks(size, block_users=7_000))
+    assert [len(splits) - 1 for _, splits in made] == [7_000] * 8 + [4_000]
+    values = np.concatenate([values for values, _ in made])
+    assert values.min() >= 0 and values.max() < 5_000
+    counts = np.bincount(values, minlength=5_000)
+    np.testing.assert_allclose(_relative(counts), [0.28, 0.59, 2.02, 6.6], rtol=0.1)
+    ids = np.arange(5_000)
+    assert abs(np.corrcoef(ids, counts)[0, 1]) < 0.05  # ids tell no popularity
+
+
+def test_generated_degrees_are_those_of_real_data():
+    split = leave_one_out(load(data_folder("amazon_beauty")))
+    num_items = split.dataset.num_items
+    real = np.bincount(item_graph(split.train, num_items).receivers, minlength=num_items)
+    graph: dict = graphs.log_of("beauty", None).graph._asdict()
+    generated = np.bincount(graph["receivers"], minlength=num_items + 1)[1:]
+    assert generated.sum() == pytest.approx(real.sum(), rel=0.05)
+    np.testing.assert_allclose(_relative(generated), _relative(real), rtol=0.3)
+    # One hub is all that stands out: 1.8 times Beauty's, relative to the mean that of Home.
+    assert real.max() < generated.max() < 2 * real.max()
+
+
+def test_a_straight_line_is_found():
+    size = np.array([1.0, 2, 4, 8])
+    assert psi.fit(size, 3 * size) == pytest.approx({"exponent": 1, "R2": 1})
+    assert psi.fit(size, size**2)["exponent"] == pytest.approx(2)
+
+
+def test_traffic_by_hand():
+    # Three layers; an edge takes 4 + 4 + 64 x 4 bytes, a node is read and written.
+    assert psi.moved(10, 100) == 3 * (100 * 264 + 10 * 2 * 256)
+    assert psi.moved(10, 100, message_bytes=2) == 3 * (100 * 136 + 10 * 2 * 256)
+
+
+def test_a_record_replaces_that_of_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["-m", "step", "--data", str(tmp_path / "beauty")])
+    for size, value in (("tiny", 1), ("beauty", 2), ("tiny", 3)):
+        measure.keep(tmp_path, "step", size, 2, {"value": value})
+    lines = [json.loads(s) for s in (tmp_path / "step.jsonl").read_text().splitlines()]
+    assert [(r["size"], r["value"]) for r in lines] == [("beauty", 2), ("tiny", 3)]
+    assert lines[0]["command"] == "python -m benchmarks step --data path/to/beauty"
+    assert lines[0]["cpu"] and lines[0]["versions"]["jax"] and lines[0]["cores"]
+
+
+def test_which_sizes_run():
+    everything = cli.Options("all", sizes=("beauty", "10M"))
+    assert cli.sizes_of("psi", everything) == ["beauty"]
+    assert cli.sizes_of("build", everything) == ["10M"]
+    full = dataclasses.replace(everything, name="build", sizes=(), full=True)
+    assert cli.sizes_of("build", full) == ["1M", "10M", "100M"]
+    with pytest.raises(ValueError, match="`sizes` of psi must be of .*'huge'"):
+        cli.sizes_of("psi", cli.Options("psi", sizes=("huge",)))
+
+
+def _record(benchmark, size, **values):
+    common = {"command": "python -m x", "date": "2026-01-02", "cpu": "a processor", "cores": 2}
+    common |= {"device": "cpu", "repeats": 3, "versions": {"jax": "0.10"}, "real": True}
+    return {"benchmark": benchmark, "size": size} | common | values
+
+
+def _arms(**seconds):
+    found = {}
+    for name, value in seconds.items():
+        arm = {"median": value, "min": value / 2, "GB/s": 10.0, "off": 1e-7}
+        found[name.replace("_", " ")] = arm
+    return found
+
+
+def test_targets_are_judged_by_hand():
+    arms = _arms(rows=0.004, torch_CSR=0.004, PyG=0.005, compiled=0.0014)
+    arms["rows"] |= {"tables": 1.0, "compile": 0.6, "layout": "Rows"}
+    beauty = _record(
+        "psi", "beauty", arms=arms, edges=10, items=4, peers={"PyG": "so"}, **{"copy GB/s": 40}
+    )
+    lines = page.targets({("psi", "beauty"): beauty})
+    found = {line[0].partition(":")[0]: line[1:] for line in lines}
+    assert found["1. psi at Beauty, rows / torch CSR"] == ["beauty 1", "yes"]
+    assert found["1. psi at Beauty, rows / PyG"] == [
+        "beauty 0.8",
+        "**no**, by a factor of 1.23",
+    ]
+    assert found["1. psi at Beauty, compiled / torch CSR"][1] == "**no**, by a factor of 1.17"
+    assert found["5. temporary memory of psi, in N d floats"] == ["beauty, rows 1", "yes"]
+    assert found["5. compilation of psi, s"][1] == "**no**, by a factor of 2"
+    assert found["8. on a GPU"] == ["not measured", ""]
+    numbers = {int(line[0][0]) for line in lines}
+    assert numbers == set(range(1, 9))
+    text = page.text([beauty])
+    assert "| compiled | 1.4 (0.7) | 0.35 | 0.28 | 10.0 | 25 % |" in text
+    assert text == page.text([beauty]) and "PyG: so." in text
+
+
+def test_the_page_of_nothing_and_its_tables():
+    text = page.text([])
+    tables = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert len(set(tables)) == 1 and text.count("not measured") >= 18
+
+
+@pytest.mark.parametrize("size", ["tiny"])
+def test_small_runs_make_a_page(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(psi, "PADDED_EDGES", 0)  # takes long to compile
+    monkeypatch.setattr(psi, "peers", lambda graph, x: ({}, {"torch CSR": "left out"}))
+    monkeypatch.setattr(psi, "SWEEPS", {"width": (4, 8), "layers": (1, 2)})
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda: 1.0)
+    monkeypatch.setattr(psi, "copy_bandwidth", lambda: 1.0)
+    monkeypatch.setattr(psi, "turns", lambda f, repeats: measure.turns(f, repeats, least=0))
+    for name, values in (
+        ("psi", psi.alone(size, None, 1)),
+        ("seeds", psi.seeds(size, None, 1, number=2)),
+        ("growth", psi.growth(1, scale=0.005)),
+    ):
+        measure.keep(tmp_path, name, size, 1, values)
+    (tmp_path / "out").mkdir()
+    page.write(tmp_path, tmp_path / "out" / "page.md")
+    text = (tmp_path / "out" / "page.md").read_text()
+    assert re.search(r"\| rows \| [\d.e+]+ \([\d.e+]+\) \|", text)
+    assert "| tiny | rows | 2 |" in text and "| layers | 1: " in text
+    for one, other in itertools.pairwise(text.split("\n")):
+        if one.startswith("| ---"):
+            assert one.count("|") == other.count("|")
