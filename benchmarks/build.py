@@ -28,7 +28,7 @@ def build(size: str) -> dict[str, Any]:
             yield block
 
     began = time.perf_counter()
-    graph = item_graph(timed(), NUM_ITEMS[size])
+    graph: Any = item_graph(timed(), NUM_ITEMS[size])
     seconds = time.perf_counter() - began - generating
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

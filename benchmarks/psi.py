@@ -161,7 +161,7 @@ def growth(repeats: int, scale: float = 1.0) -> dict[str, Any]:
         for value in values:
             point = BASE | {quantity: value}
             size = Size(int(scale * point["items"]), int(scale * point["edges"] / 14))
-            graph = item_graph(blocks(size), size.num_items)
+            graph: Any = item_graph(blocks(size), size.num_items)
             rng = np.random.default_rng(0)
             x = jnp.asarray(rng.normal(size=(size.num_items, point["width"])), jnp.float32)
             psi = jax.jit(smooth, static_argnames="num_layers")

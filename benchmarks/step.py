@@ -21,6 +21,7 @@ from experiments.run import make_trainer
 from experiments.training import Trainer
 from models.losses import bce
 from sevo_jax import native, normalized_adjacency
+from sevo_jax.adjacency import Layout
 
 STEPS = 4  # of an epoch on generated logs
 
@@ -30,7 +31,7 @@ def steps(size: str, data: Path | None, repeats: int, with_torch: bool) -> dict[
     config = preset("sasrec", "amazon_beauty", "sevo_adamw")
     log = log_of(size, data, STEPS * config.batch_size)
     number = -(-log.split.dataset.num_users // config.batch_size)
-    layouts = ["rows", *(["compiled"] if native.is_built() else [])]
+    layouts: tuple[Layout, ...] = ("rows", "compiled") if native.is_built() else ("rows",)
     graphs = {name: normalized_adjacency(log.graph, layout=name) for name in layouts}
     chosen = {"adamw": None} | {f"sevo, {name}": graph for name, graph in graphs.items()}
     functions = {}
