@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """An epoch of SASRec + SEvo-AdamW, and a full-ranking validation."""
 
 from collections.abc import Callable
