@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -56,7 +57,8 @@ def curves(
             epochs, low, mean, high = _spread(records, kind, name)
             sevo = run.startswith("sevo_")
             color = f"C{place % 10}"
-            axis.plot(epochs, mean, "-" if sevo else "--", color=color, lw=1.6, label=run)
+            wrapped = textwrap.fill(run, 48)  # settings that a run lists may be many
+            axis.plot(epochs, mean, "-" if sevo else "--", color=color, lw=1.6, label=wrapped)
             axis.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
         if published:
             bounds = np.array(list(published.values())).T
