@@ -71,7 +71,8 @@ def _run(options: Options, args: Sequence[str]) -> None:
     names = list(DEFAULTS) if options.name == "all" else [options.name]
     plan = [(name, size) for name in names for size in sizes_of(name, options)]
     if len(plan) == 1:
-        measure.keep_buffers()
+        if options.name != "build":  # which has no peer, and tells its memory
+            measure.keep_buffers()
         _one(*plan[0], options)
         return
     # The rest of the arguments, without the name and the sizes, hold for each of them.

@@ -86,7 +86,8 @@ def item_graph(
     for distance, found in enumerate(pairs, start=1):
         found_keys, counts = found.counted()
         keys.append(found_keys)
-        weights.append(counts / distance if weighting == "inverse_distance" else counts)
+        by = distance if weighting == "inverse_distance" else 1
+        weights.append(counts if by == 1 else counts / by)
     return _mirrored(*_added(keys, weights), num_nodes)
 
 
@@ -288,19 +289,21 @@ def _mirrored(keys: np.ndarray, weights: np.ndarray, num_nodes: int) -> jraph.Gr
     size = max(num_nodes, 1)
     left, right = (keys // size).astype(np.int32), (keys % size).astype(np.int32)
     loop = left == right
-    below = np.flatnonzero(~loop)
-    below = below[np.argsort(right[below], kind="stable")]  # by row, then column
+    below = np.argsort(right, kind="stable")  # by row, then column
+    below = below[~loop[below]]
     above = np.bincount(left, minlength=num_nodes)
     under = np.bincount(right[below], minlength=num_nodes)
     num_edges = len(keys) + len(below)
+    halves = np.stack([under, above], axis=1).ravel()
+    is_above = np.repeat(np.tile([False, True], num_nodes), halves)
+    weights = weights.astype(np.float32)
     # NumPy arrays where jraph's types say JAX: graphs of any size are built on the host.
     receivers: Any = np.repeat(np.arange(num_nodes, dtype=np.int32), above + under)
     senders: Any = np.empty(num_edges, np.int32)
     edges: Any = np.empty(num_edges, np.float32)
-    place = np.arange(len(keys)) + np.repeat(np.cumsum(under), above)
-    senders[place], edges[place] = right, weights * (1 + loop)
-    place = np.arange(len(below)) + np.repeat(np.cumsum(above) - above, under)
-    senders[place], edges[place] = left[below], weights[below]
+    senders[~is_above], edges[~is_above] = left[below], weights[below]
+    weights[loop] *= 2
+    senders[is_above], edges[is_above] = right, weights
     sizes: Any = np.array([[num_nodes], [num_edges]], np.int32)
     return jraph.GraphsTuple(
         nodes=None,
