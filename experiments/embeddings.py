@@ -271,7 +271,9 @@ def _draw(
     if few:
         used = colors[: len(groups.names)]
         marks = [plt.Line2D([], [], marker="o", ls="", color=color) for color in used]
-        figure.legend(marks, groups.names, loc="outside lower center", ncols=3, frameon=False)
+        columns = max(1, 2 * shape[1] // 3)  # as many names as fit
+        legend = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+        figure.legend(marks, groups.names, **legend)
     figure.suptitle(f"{method} of the items' embeddings")
     figure.savefig(to, dpi=110)
     plt.close(figure)
