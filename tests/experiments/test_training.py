@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from experiments import training
+from experiments.backbones import prepare
 from experiments.batching import Windows, training_data
 from experiments.config import Config
 from experiments.dataset import Evaluation, leave_one_out
@@ -222,7 +223,7 @@ def test_the_graph_is_data(trainer, split):
     num_items = split.dataset.num_items
     other = item_graph((num_items - values, row_splits), num_items + 1)  # relabelled
     old = trainer.graph
-    trainer.graph = normalized_adjacency(other)
+    trainer.graph = prepare(other)
     try:
         changed, _ = train(trainer)
     finally:
