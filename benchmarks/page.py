@@ -130,6 +130,11 @@ def targets(found: Found) -> list[list[str]]:
          [(name, apart.get(name)) for name in ("loss", "gradient")]),
     ]  # fmt: skip
     lines = [_judged(*row) for row in rows]
+    if any("torch_sparse is not" in r.get("peers", {}).get("PyG", "") for r in found.values()):
+        # Its segment sums are a weaker peer than the product that the targets mean.
+        for line in lines:
+            if "PyG" in line[0] and line[1] != NOTHING:
+                line[2] = "not judged: PyG without torch_sparse"
     return [*lines, ["8. on a GPU", NOTHING, ""]]
 
 

@@ -129,6 +129,11 @@ def test_targets_are_judged_by_hand():
     assert found["5. temporary memory of psi, in N d floats"] == ["beauty, rows 1", "yes"]
     assert found["5. compilation of psi, s"][1] == "**no**, by a factor of 2"
     assert found["8. on a GPU"] == ["not measured", ""]
+    weaker = beauty | {"peers": {"PyG": "gather, as torch_sparse is not installed"}}
+    lines = page.targets({("psi", "beauty"): weaker})
+    found = {line[0].partition(":")[0]: line[1:] for line in lines}
+    assert found["1. psi at Beauty, rows / PyG"][1].startswith("not judged")
+    assert found["1. psi at Beauty, rows / torch CSR"] == ["beauty 1", "yes"]
     numbers = {int(line[0][0]) for line in lines}
     assert numbers == set(range(1, 9))
     text = page.text([beauty])
