@@ -4,10 +4,8 @@ The number of devices is fixed once a backend has started, so these run in proce
 own; see `eight_devices.py`.
 """
 
-import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,31 +14,11 @@ import pytest
 from experiments import cli, records
 from experiments.run import load_run
 from tests.experiments import eight_devices
-
-ROOT = Path(__file__).parents[2]
-
-
-def _start(*args: str, devices: int, **env: str) -> subprocess.Popen[str]:
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
-        "PYTEST_ADDOPTS": "",
-    }
-    return subprocess.Popen(
-        [sys.executable, *args],
-        cwd=ROOT,
-        env=os.environ | settings | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+from tests.processes import output, start
 
 
 def _output(process: subprocess.Popen[str]) -> str:
-    output = process.communicate(timeout=900)[0]
-    assert process.returncode == 0, output
-    return output
+    return output(process, timeout=900)
 
 
 def _values(folder: Path) -> list[tuple]:
@@ -60,8 +38,8 @@ def _assert_same(folder: Path, other: Path) -> None:
 def test_on_eight_devices_and_on_one_from_their_checkpoint(tmp_path):
     suite = "tests/experiments/eight_devices.py"
     args = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", suite)
-    output = _output(_start(*args, devices=8, FOLDER=str(tmp_path)))
-    assert "skipped" not in output, output
+    printed = _output(start(*args, devices=8, FOLDER=str(tmp_path)))
+    assert "skipped" not in printed, printed
     module, *_ = load_run(tmp_path / "eight", seed=5)
     assert module.item_embedding.embedding.shape == (100, 8)  # without the free rows
     eight_devices.go_on(tmp_path / "one")
@@ -79,7 +57,7 @@ def test_two_processes_equal_one(tmp_path):
     out = ("--out", str(tmp_path / "two"))
     shared = (*OPTIONS.split(), *out, "--mesh", "2", "--coordinator", address)
     both = [
-        _start(
+        start(
             *("-m", "experiments", *shared, "--num-processes", "2", "--process-id", index),
             devices=1,
         )

@@ -4,11 +4,8 @@ The number of devices is fixed once a backend has started, so the tests on eight
 those of two processes run in processes of their own.
 """
 
-import os
 import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,40 +15,20 @@ import pytest
 import sevo_jax
 from sevo_jax.sharding import Sharded, row_shardings, shard_adjacency
 from tests.helpers import random_graph
+from tests.processes import output, start
 from tests.sevo_jax import eight_devices
-
-ROOT = Path(__file__).parents[2]
-
-
-def _start(*args: str, devices: int, **env: str) -> subprocess.Popen[str]:
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
-        "PYTEST_ADDOPTS": "",
-    }
-    return subprocess.Popen(
-        [sys.executable, *args],
-        cwd=ROOT,
-        env=os.environ | settings | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def _output(process: subprocess.Popen[str]) -> str:
-    output = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, output
-    return output
+    return output(process, timeout=600)
 
 
 def test_on_eight_devices_and_a_checkpoint_of_theirs_on_one(tmp_path, x64):
     path = tmp_path / "checkpoint"
     suite = "tests/sevo_jax/eight_devices.py"
     args = ("-m", "pytest", "-q", "-p", "no:cacheprovider", suite)
-    output = _output(_start(*args, devices=8, CHECKPOINT=str(path)))
-    assert "skipped" not in output, output
+    printed = _output(start(*args, devices=8, CHECKPOINT=str(path)))
+    assert "skipped" not in printed, printed
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     restored = eight_devices.restore(path, lambda tree: jax.tree.map(lambda _: one, tree))
     eight_devices.assert_trees_close(restored, eight_devices.train(*eight_devices.problem()))
@@ -62,7 +39,7 @@ def test_two_processes_equal_one():
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     module = "tests.sevo_jax.two_processes"
-    both = [_start("-m", module, str(index), port, devices=1) for index in (0, 1)]
+    both = [start("-m", module, str(index), port, devices=1) for index in (0, 1)]
     try:
         for index, process in enumerate(both):
             assert f"process {index}: 3 tables equal" in _output(process)
