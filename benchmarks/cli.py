@@ -20,7 +20,7 @@ Name = Literal["psi", "seeds", "growth", "step", "epoch", "build", "all", "page"
 LARGE = ("beauty", "electronics", "clothing", "1m")
 # By benchmark its sizes, and how often each is measured unless `--repeats` says otherwise.
 DEFAULTS: dict[str, dict[str, int]] = {
-    "psi": dict(zip(LARGE, (15, 5, 3, 3), strict=True)),
+    "psi": dict(zip(LARGE, (15, 9, 7, 5), strict=True)),
     "seeds": {"beauty": 15, "electronics": 3},
     "growth": {"all": 5},
     "step": dict(zip(LARGE, (3, 3, 2, 1), strict=True)),

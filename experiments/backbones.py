@@ -78,11 +78,11 @@ def _next_item(num_items: int, config: Config) -> NextItem:
 _ATTENTION = _same("dim", "max_length", "num_blocks", "num_heads", "dropout_rate")
 
 BACKBONES: dict[str, Backbone] = {
-    "sasrec": Backbone(models.SASRec, _next_item, _ATTENTION),
+    "sasrec": Backbone(models.SASRec, _next_item, _ATTENTION | _same("cosine_scale")),
     "gru4rec": Backbone(
         models.GRU4Rec,
         _next_item,
-        _same("dim", "max_length", "dropout_rate") | {"hidden_dim": "dim"},
+        _same("dim", "max_length", "dropout_rate", "cosine_scale") | {"hidden_dim": "dim"},
     ),
     "bert4rec": Backbone(
         models.BERT4Rec,

@@ -78,6 +78,9 @@ class Config:
     loss: Loss = "bce"  # see `objectives.NextItem`; bert4rec and the pairs of mf have their own
     num_negatives: int = 1  # for each target; for "sampled_softmax", for the whole batch
     label_smoothing: float = 0.0  # "cross_entropy" only
+    # Scores are this times the cosine of state and item, or with 0 their dot product; for
+    # sasrec and gru4rec.
+    cosine_scale: float = 0.0
     gbce_t: float = 0.75  # "gbce" only
     pvn_weight: float = 0.0  # STOSA's second term
     mask_prob: float = 0.5  # bert4rec only
@@ -110,7 +113,8 @@ class Config:
                     raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
             elif value < 0 or (
                 value == 0
-                and name not in ("weight_decay", "num_layers", "epochs", "pvn_weight")
+                and name
+                not in ("weight_decay", "num_layers", "epochs", "pvn_weight", "cosine_scale")
             ):
                 raise ValueError(f"`{name}` must be positive, got {value}.")
         for name, needed in _FIXED.get(self.model, {}).items():
@@ -128,6 +132,10 @@ class Config:
                 raise ValueError(f"`{name}` must be in (0, 1], got {getattr(self, name)}.")
         if self.pvn_weight and self.model != "stosa":
             raise ValueError(f"`pvn_weight` is for stosa alone, got it for {self.model}.")
+        if self.cosine_scale and self.model not in ("sasrec", "gru4rec"):
+            raise ValueError(
+                f"`cosine_scale` is for sasrec and gru4rec, got it for {self.model}."
+            )
         if self.placement != "update" and not self.optimizer.startswith("sevo_"):
             raise ValueError(
                 f'`placement` "{self.placement}" needs an optimizer with SEvo, got '

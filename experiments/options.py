@@ -94,6 +94,8 @@ class Job:
     loss: Loss | None = None
     num_negatives: int | None = None
     label_smoothing: float | None = None
+    cosine_scale: float | None = None
+    """Scores are this times the cosine of state and item, or with 0 their dot product."""
     gbce_t: float | None = None
     pvn_weight: float | None = None
     mask_prob: float | None = None

@@ -27,10 +27,12 @@ class GRU4Rec(DotProduct, nnx.Module):
         hidden_dim: int = 64,
         max_length: int = 50,
         dropout_rate: float = 0.4,
+        cosine_scale: float = 0.0,
         rngs: nnx.Rngs,
     ):
         self.max_length = max_length
         self.dropout_rate = dropout_rate
+        self.cosine_scale = cosine_scale
         self.hidden_dim = hidden_dim
         self.item_embedding = nnx.Embed(
             num_items + 1, dim, embedding_init=xavier_normal, rngs=rngs

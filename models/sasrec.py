@@ -36,7 +36,7 @@ class SASRec(DotProduct, nnx.Module):
     defaults: only the query of an attention layer is normalised
     (`normalize_key_value=False`), padding slots take part in the soft-max
     (`mask_padding=False`), and the embeddings are scaled by sqrt(dim) on input but not in the
-    scores (`scale_input=True`).
+    scores (`scale_input=True`). `cosine_scale` is that of `scoring.DotProduct`.
     """
 
     def __init__(
@@ -51,11 +51,13 @@ class SASRec(DotProduct, nnx.Module):
         normalize_key_value: bool = False,
         mask_padding: bool = False,
         scale_input: bool = True,
+        cosine_scale: float = 0.0,
         rngs: nnx.Rngs,
     ):
         check_heads(dim, num_heads)
         self.max_length = max_length
         self.dropout_rate = dropout_rate
+        self.cosine_scale = cosine_scale
         self.mask_padding = mask_padding
         self.input_scale = math.sqrt(dim) if scale_input else 1.0
         self.item_embedding = nnx.Embed(

@@ -51,10 +51,17 @@ class SequenceModel(Scorer, Protocol):
 
 
 class DotProduct:
-    """Items are rows of the model's `item_embedding`; a score is a dot product."""
+    """Items are rows of the model's `item_embedding`; a score is a dot product.
+
+    With a `cosine_scale` of more than 0 it is that times the cosine of state and item instead
+    (Wang et al., `NormFace <https://arxiv.org/abs/1704.06369>`_, 2017; the reciprocal is often
+    called a temperature). The length of a row, which grows with the item's popularity, then
+    has no part in the score.
+    """
 
     item_embedding: Any
     num_special = 1
+    cosine_scale = 0.0
 
     def embed(self, rows: jax.Array) -> jax.Array:
         return self.item_embedding(rows)
@@ -65,7 +72,22 @@ class DotProduct:
         return self.item_embedding(rows)
 
     def score(self, states: jax.Array, items: jax.Array) -> jax.Array:
+        states, items = self._scored(states, items)
         return (states * items).sum(axis=-1)
 
     def score_all(self, states: jax.Array, items: jax.Array) -> jax.Array:
+        states, items = self._scored(states, items)
         return states @ items.T
+
+    def _scored(self, states: jax.Array, items: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What is multiplied."""
+        if not self.cosine_scale:
+            return states, items
+        return self.cosine_scale * _unit(states), _unit(items)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Rows of length one; a row of zeros stays, with a finite gradient. The term in the root is
+    small beside a new row's squared length, 1e-2 for ten thousand items and 1e-5 for ten
+    million."""
+    return x * jax.lax.rsqrt((x**2).sum(axis=-1, keepdims=True) + 1e-8)

@@ -354,6 +354,8 @@ def test_config_rejects_what_it_does_not_know():
         Config(windows="users")
     with pytest.raises(ValueError, match="`pvn_weight` is for stosa alone"):
         Config(pvn_weight=0.1)
+    with pytest.raises(ValueError, match="`cosine_scale` is for sasrec and gru4rec"):
+        preset("stosa", "amazon_beauty", "adam", cosine_scale=20)
     with pytest.raises(ValueError, match="`batch_size` must be positive"):
         Config(batch_size=0)
 
