@@ -102,11 +102,27 @@ def normalized_adjacency(
     return adjacency
 
 
+# The layouts of "auto" by backend: the first that is there. Milliseconds of psi (L = 3, 64
+# columns, float32; two cores of an Intel Xeon; benchmarks/RESULTS.md):
+#
+#   nodes, edges     compiled    rows   edges   padded   torch CSR
+#   12k,  0.2M              2       6      22       90           4
+#   160k,  10M      160 - 230     270   1,700                  240
+#   376k,  16M            302     751                          474
+#   1M,    41M          1,270   3,310                        2,070
+#
+# There is no size at which the order turns. Elsewhere nothing has been timed; compiled for a
+# TPU or a GPU, `edges` holds no array of all edges (`Edges`).
+_FASTEST: dict[str, tuple[Layout, ...]] = {"cpu": ("compiled", "rows"), "other": ("edges",)}
+# Rows stay in the order of the table. Ordered by degree or by Cuthill and McKee's algorithm,
+# psi takes 94 to 107 % of the time on the first three graphs in these two layouts, and the
+# table would have to be brought into that order and back.
+
+
 def _fastest() -> Layout:
-    """By time for psi of a table of 64 columns, see RESULTS.md, "Speed"."""
-    if jax.default_backend() != "cpu":
-        return "edges"
-    return "compiled" if native.is_built() else "rows"
+    backend = jax.default_backend()
+    layouts = _FASTEST[backend if backend in _FASTEST else "other"]
+    return next(name for name in layouts if name != "compiled" or native.is_built())
 
 
 def _edges(graph: jraph.GraphsTuple) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
