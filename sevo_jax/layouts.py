@@ -192,6 +192,10 @@ class Rows(Adjacency):
         """The polynomial of a table that is no batch; what `vmap` and `grad` build on."""
         return _horner(self.matmul, coefficients, x)
 
+    def tables(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+        """Those of tables `[S, num_nodes, d]`, with coefficients `[S, L + 1, 1, 1 or d]`."""
+        return jax.lax.map(lambda one: _tables_polynomial(self, *one), (coefficients, x))
+
 
 def _native(adjacency: Rows, x: jax.Array) -> jax.Array:
     assert BCSR is not None
@@ -228,43 +232,47 @@ def _tables_in_turn(
     """The native product has no batch form. Narrow tables stand side by side as one wide
     table; wide ones take turns, because two of them would not fit into the cache together.
     """
-    leaves, treedef = jax.tree.flatten((adjacency, coefficients, x))
     several_graphs = any(jax.tree.leaves(in_batched[0]))
     at_once = 1 if several_graphs else max(1, _WIDTH // x.shape[-1])
-    if axis_size <= at_once and not several_graphs:
-        return _side_by_side(axis_size, in_batched, adjacency, coefficients, x), True
-
-    def one(slices: list[jax.Array]) -> jax.Array:
-        args = leaves.copy()
-        for i, part in zip(batched, slices, strict=True):
-            args[i] = part
-        return _tables_polynomial(*treedef.unflatten(args))
-
-    batched = [i for i, is_batched in enumerate(jax.tree.leaves(in_batched)) if is_batched]
-    slices = [leaves[i] for i in batched]
-    return jax.lax.map(one, slices, batch_size=at_once if at_once > 1 else None), True
-
-
-def _side_by_side(
-    axis_size: int,
-    in_batched: tuple[Rows, bool, bool],
-    adjacency: Rows,
-    coefficients: jax.Array,
-    x: jax.Array,
-) -> jax.Array:
-    """psi of tables `[axis_size, num_nodes, d]` as of one of `axis_size * d` columns."""
+    if several_graphs or 1 < at_once < axis_size:
+        args = adjacency, coefficients, x
+        return in_turn(_tables_polynomial, in_batched, args, at_once), True
     if not in_batched[1]:
         coefficients = jnp.broadcast_to(coefficients, (axis_size, *coefficients.shape))
     if not in_batched[2]:
         x = jnp.broadcast_to(x, (axis_size, *x.shape))
-    _, num_nodes, d = x.shape
+    if at_once == 1:
+        return adjacency.tables(coefficients, x), True
+    return _side_by_side(adjacency, coefficients, x), True
+
+
+def in_turn(
+    function: Callable[..., jax.Array], in_batched: Any, args: Any, at_once: int = 1
+) -> jax.Array:
+    """`function(*args)` for slices of those leaves of `args` that `in_batched` marks."""
+    leaves, treedef = jax.tree.flatten(args)
+    batched = [i for i, is_batched in enumerate(jax.tree.leaves(in_batched)) if is_batched]
+
+    def one(slices: list[jax.Array]) -> jax.Array:
+        parts = leaves.copy()
+        for i, part in zip(batched, slices, strict=True):
+            parts[i] = part
+        return function(*treedef.unflatten(parts))
+
+    slices = [leaves[i] for i in batched]
+    return jax.lax.map(one, slices, batch_size=at_once if at_once > 1 else None)
+
+
+def _side_by_side(adjacency: Rows, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+    """psi of tables `[S, num_nodes, d]` as of one of S d columns."""
+    num_tables, num_nodes, d = x.shape
     coefficients = jnp.broadcast_to(coefficients, (*coefficients.shape[:-1], d))
 
     def wide(leaf: jax.Array) -> jax.Array:
-        return jnp.moveaxis(leaf, 0, -2).reshape(*leaf.shape[1:-1], axis_size * d)
+        return jnp.moveaxis(leaf, 0, -2).reshape(*leaf.shape[1:-1], num_tables * d)
 
     y = _tables_polynomial(adjacency, wide(coefficients), wide(x))
-    return jnp.moveaxis(y.reshape(num_nodes, axis_size, d), 1, 0)
+    return jnp.moveaxis(y.reshape(num_nodes, num_tables, d), 1, 0)
 
 
 def _forward(*args: Any) -> tuple[jax.Array, Any]:

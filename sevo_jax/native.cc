@@ -1,4 +1,4 @@
-// psi = sum_l c_l A^l x by Horner's rule, for a matrix A of compressed rows.
+// psi = sum_l c_l A^l x by Horner's rule, for a matrix A of compressed rows and one or more x.
 //
 // Each layer is one pass, y <- A s + c x, whose cost is that of gathering rows of s from
 // memory. So a row is summed in registers, as many columns at a time as fit, while the rows
@@ -211,46 +211,53 @@ ffi::Error Polynomial(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> splits,
   constexpr bool kSame = kType == kMessage;
   using T = ffi::NativeType<kType>;
   using S = std::conditional_t<kSame, T, Bfloat16>;
-  const int64_t num_nodes = x.dimensions()[0], d = x.dimensions()[1], size = num_nodes * d;
-  const int64_t num_layers = coefficients.dimensions()[0] - 1;
-  const int64_t stride = coefficients.dimensions()[1];
+  const int64_t num_tables = x.dimensions()[0], num_nodes = x.dimensions()[1];
+  const int64_t d = x.dimensions()[2], size = num_nodes * d;
+  const int64_t num_layers = coefficients.dimensions()[1] - 1;
+  const int64_t stride = coefficients.dimensions()[2];
   if (static_cast<int64_t>(splits.element_count()) != num_nodes + 1 ||
       static_cast<int64_t>(scratch->element_count()) != (kSame ? size : 2 * size) ||
-      (stride != 1 && stride != d) || num_layers < 1)
+      coefficients.dimensions()[0] != num_tables || (stride != 1 && stride != d) ||
+      num_layers < 1)
     return ffi::Error::InvalidArgument("shapes do not fit together");
-  // Each layer but the last, 0, writes the table of its parity, from which the next one reads.
-  // The result's own table may be one of them: layer 1 writes the other.
   S* const space = reinterpret_cast<S*>(scratch->untyped_data());
   LargePages(y->untyped_data(), y->size_bytes());
   LargePages(scratch->untyped_data(), scratch->size_bytes());
-  S* tables[2];
-  const S* messages;
-  if constexpr (kSame) {
-    tables[0] = y->typed_data(), tables[1] = space;
-  } else {
-    tables[0] = space, tables[1] = space + size;
+  // One table after the other: several together would not fit into the cache.
+  for (int64_t table = 0; table < num_tables; ++table) {
+    const T* const c = coefficients.typed_data() + table * (num_layers + 1) * stride;
+    const T* const from = x.typed_data() + table * size;
+    T* const to = y->typed_data() + table * size;
+    // Each layer but the last, 0, writes the buffer of its parity, from which the next one
+    // reads. The result's own may be one of them: layer 1 writes the other.
+    S* buffers[2];
+    const S* messages;
+    if constexpr (kSame) {
+      buffers[0] = to, buffers[1] = space;
+    } else {
+      buffers[0] = space, buffers[1] = space + size;
+    }
+    // The first layer reads x from a copy, if it must be rounded or is worth large pages.
+    if (kSame && size * sizeof(T) < kCopied) {
+      messages = reinterpret_cast<const S*>(from);
+    } else {
+      messages = buffers[num_layers % 2];
+      Copy(pool, from, buffers[num_layers % 2], size);
+    }
+    const T* outer = c + num_layers * stride;
+    auto layer = [&](int64_t l, auto* result) {
+      Apply(pool, Layer<T, S, std::remove_pointer_t<decltype(result)>>{
+                      num_nodes, static_cast<int64_t>(columns.element_count()), d,
+                      splits.typed_data(), columns.typed_data(), weights.typed_data(),
+                      messages, outer, c + l * stride, from, result, stride > 1});
+      outer = nullptr;
+    };
+    for (int64_t l = num_layers - 1; l > 0; --l) {
+      layer(l, buffers[l % 2]);
+      messages = buffers[l % 2];
+    }
+    layer(0, to);
   }
-  // The first layer reads x from a copy, if it must be rounded or is worth large pages.
-  if (kSame && x.size_bytes() < kCopied) {
-    messages = reinterpret_cast<const S*>(x.untyped_data());
-  } else {
-    messages = tables[num_layers % 2];
-    Copy(pool, x.typed_data(), tables[num_layers % 2], size);
-  }
-  const T* outer = coefficients.typed_data() + num_layers * stride;
-  auto layer = [&](int64_t l, auto* to) {
-    Apply(pool, Layer<T, S, std::remove_pointer_t<decltype(to)>>{
-                    num_nodes, static_cast<int64_t>(columns.element_count()), d,
-                    splits.typed_data(), columns.typed_data(), weights.typed_data(), messages,
-                    outer, coefficients.typed_data() + l * stride, x.typed_data(), to,
-                    stride > 1});
-    outer = nullptr;
-  };
-  for (int64_t l = num_layers - 1; l > 0; --l) {
-    layer(l, tables[l % 2]);
-    messages = tables[l % 2];
-  }
-  layer(0, y->typed_data());
   return ffi::Error::Success();
 }
 

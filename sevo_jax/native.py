@@ -14,8 +14,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import jaxlib
+from jax.custom_batching import custom_vmap
 
-from sevo_jax.layouts import Rows
+from sevo_jax.layouts import Rows, in_turn
 
 SOURCE = Path(__file__).with_name("native.cc")
 COMMAND = "python -m sevo_jax.compile"
@@ -67,25 +68,56 @@ class Compiled(Rows):
     messages: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     def one_table(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
-        if len(coefficients) == 1 or x.dtype not in (jnp.float32, jnp.float64):
-            return super().one_table(coefficients, x)
+        return self.tables(coefficients[None], x[None])[0]
+
+    def tables(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+        if coefficients.shape[1] == 1 or x.dtype not in (jnp.float32, jnp.float64):
+            return _uncompiled(self, coefficients, x)
         _register(library())
-        return jax.lax.platform_dependent(
-            self, coefficients, x, cpu=_polynomial, default=Rows.one_table
-        )
+        return _tables(self, coefficients, x)
 
 
-def _polynomial(adjacency: Compiled, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+@custom_vmap
+def _tables(adjacency: Compiled, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(
+        adjacency, coefficients, x, cpu=_polynomials, default=_uncompiled
+    )
+
+
+@_tables.def_vmap
+def _more_tables(
+    axis_size: int,
+    in_batched: tuple[Compiled, bool, bool],
+    adjacency: Compiled,
+    coefficients: jax.Array,
+    x: jax.Array,
+) -> tuple[jax.Array, bool]:
+    """A call takes any number of tables, but one graph."""
+    if any(jax.tree.leaves(in_batched[0])):
+        return in_turn(_tables, in_batched, (adjacency, coefficients, x)), True
+    if not in_batched[1]:
+        coefficients = jnp.broadcast_to(coefficients, (axis_size, *coefficients.shape))
+    if not in_batched[2]:
+        x = jnp.broadcast_to(x, (axis_size, *x.shape))
+    y = _tables(adjacency, *(leaf.reshape(-1, *leaf.shape[2:]) for leaf in (coefficients, x)))
+    return y.reshape(x.shape), True
+
+
+def _uncompiled(adjacency: Compiled, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.lax.map(lambda one: Rows.one_table(adjacency, *one), (coefficients, x))
+
+
+def _polynomials(adjacency: Compiled, coefficients: jax.Array, x: jax.Array) -> jax.Array:
     dtype = str(x.dtype)
-    result = scratch = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    result, scratch = (jax.ShapeDtypeStruct(shape, x.dtype) for shape in (x.shape, x.shape[1:]))
     if adjacency.messages == "bfloat16" and dtype == "float32":
         dtype += "_bfloat16"
-        scratch = jax.ShapeDtypeStruct((2, *x.shape), jnp.bfloat16)
+        scratch = jax.ShapeDtypeStruct((2, *x.shape[1:]), jnp.bfloat16)
     y, _ = jax.ffi.ffi_call(f"sevo_polynomial_{dtype}", (result, scratch))(
         adjacency.row_splits,
         adjacency.columns,
         adjacency.weights.astype(x.dtype),
-        coefficients.astype(x.dtype).reshape(len(coefficients), -1),
+        coefficients.astype(x.dtype).reshape(*coefficients.shape[:2], -1),
         x,
     )
     return y

@@ -91,9 +91,10 @@ def test_vmapped_tables(layout, d):
         np.testing.assert_allclose(both[s], _expected(graph, xs[s], betas[s]), atol=3e-6)
 
 
+@pytest.mark.parametrize("d", [4, 60])
 @pytest.mark.parametrize("layout", EVERY_LAYOUT)
-def test_vmap_of_vmap_and_of_scan(layout):
-    graph, xs = random_graph(), _table(2, 3, 20, 4)
+def test_vmap_of_vmap_and_of_scan(layout, d):
+    graph, xs = random_graph(), _table(2, 3, 20, d)
     adjacency = sevo_jax.normalized_adjacency(graph, layout=layout)
 
     def twice(x, beta):
@@ -120,10 +121,14 @@ def test_vmapped_graphs(layout):
         for graph in graphs
     ]
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *prepared)
-    x = _table(20, 4)
-    y = jax.jit(jax.vmap(sevo_jax.smooth, (0, None)))(batch, jnp.asarray(x, jnp.float32))
-    for one, graph in zip(y, graphs, strict=True):
-        np.testing.assert_allclose(one, _expected(graph, x, 0.99), atol=3e-6)
+    x = _table(2, 20, 60)
+    each = jax.vmap(sevo_jax.smooth, (None, 0))
+    y = jax.jit(jax.vmap(each, (0, None)))(batch, jnp.asarray(x, jnp.float32))
+    one = jax.jit(jax.vmap(sevo_jax.smooth, (0, None)))(batch, jnp.asarray(x[0], jnp.float32))
+    for i, graph in enumerate(graphs):
+        np.testing.assert_allclose(one[i], _expected(graph, x[0], 0.99), atol=3e-6)
+        for j in range(2):
+            np.testing.assert_allclose(y[i, j], _expected(graph, x[j], 0.99), atol=3e-6)
 
 
 @pytest.mark.parametrize("layout", EVERY_LAYOUT)
