@@ -339,6 +339,10 @@ def test_messages_in_half_precision(layout, library):
         for adjacency in (exact, half)
     ]
     assert errors[0] < 1e-6 and 1e-5 < errors[1] < 2e-3
+    several = jnp.stack([table, 2 * table])  # rounding knows no powers of two
+    y = jax.jit(jax.vmap(sevo_jax.smooth, (None, 0)))(half, several)
+    one = sevo_jax.smooth(half, table)
+    np.testing.assert_allclose(y, np.stack([one, 2 * one]), rtol=1e-6, atol=1e-7)
     with jax.enable_x64(True):  # no other table is rounded
         wide = sevo_jax.normalized_adjacency(graph, layout=layout, messages="bfloat16")
         np.testing.assert_allclose(sevo_jax.smooth(wide, jnp.asarray(x)), expected, atol=1e-12)
