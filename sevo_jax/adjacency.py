@@ -106,8 +106,8 @@ def normalized_adjacency(
 # columns, float32; two cores of an Intel Xeon; benchmarks/RESULTS.md):
 #
 #   nodes, edges     compiled    rows   edges   padded   torch CSR
-#   12k,  0.2M              2       6      22       90           4
-#   160k,  10M      160 - 230     270   1,700                  240
+#   12k,  0.2M              2       6      22       80           4
+#   160k,  10M      160 - 230     270   3,900                  250
 #   376k,  16M            302     751                          474
 #   1M,    41M          1,270   3,310                        2,070
 #

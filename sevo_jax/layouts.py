@@ -193,8 +193,11 @@ class Rows(Adjacency):
         return _horner(self.matmul, coefficients, x)
 
     def tables(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
-        """Those of tables `[S, num_nodes, d]`, with coefficients `[S, L + 1, 1, 1 or d]`."""
-        return jax.lax.map(lambda one: _tables_polynomial(self, *one), (coefficients, x))
+        """Those of tables `[S or 1, num_nodes, d]`; coefficients `[S, L + 1, 1, 1 or d]`."""
+        shared = len(x) == 1
+        in_batched = jax.tree.map(lambda _: False, self), True, not shared
+        x = x[0] if shared else x
+        return in_turn(_tables_polynomial, in_batched, (self, coefficients, x))
 
 
 def _native(adjacency: Rows, x: jax.Array) -> jax.Array:
@@ -239,11 +242,9 @@ def _tables_in_turn(
         return in_turn(_tables_polynomial, in_batched, args, at_once), True
     if not in_batched[1]:
         coefficients = jnp.broadcast_to(coefficients, (axis_size, *coefficients.shape))
-    if not in_batched[2]:
-        x = jnp.broadcast_to(x, (axis_size, *x.shape))
-    if at_once == 1:
-        return adjacency.tables(coefficients, x), True
-    return _side_by_side(adjacency, coefficients, x), True
+    x = x if in_batched[2] else x[None]
+    form = _side_by_side if at_once > 1 else type(adjacency).tables
+    return form(adjacency, coefficients, x), True
 
 
 def in_turn(
@@ -264,8 +265,9 @@ def in_turn(
 
 
 def _side_by_side(adjacency: Rows, coefficients: jax.Array, x: jax.Array) -> jax.Array:
-    """psi of tables `[S, num_nodes, d]` as of one of S d columns."""
-    num_tables, num_nodes, d = x.shape
+    """psi of tables `[S or 1, num_nodes, d]` as of one of S d columns."""
+    num_tables, (num_nodes, d) = len(coefficients), x.shape[1:]
+    x = jnp.broadcast_to(x, (num_tables, num_nodes, d))
     coefficients = jnp.broadcast_to(coefficients, (*coefficients.shape[:-1], d))
 
     def wide(leaf: jax.Array) -> jax.Array:

@@ -211,13 +211,15 @@ ffi::Error Polynomial(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> splits,
   constexpr bool kSame = kType == kMessage;
   using T = ffi::NativeType<kType>;
   using S = std::conditional_t<kSame, T, Bfloat16>;
-  const int64_t num_tables = x.dimensions()[0], num_nodes = x.dimensions()[1];
+  const int64_t num_tables = coefficients.dimensions()[0], num_nodes = x.dimensions()[1];
   const int64_t d = x.dimensions()[2], size = num_nodes * d;
+  const bool shared = x.dimensions()[0] == 1;  // one x with the coefficients of each table
   const int64_t num_layers = coefficients.dimensions()[1] - 1;
   const int64_t stride = coefficients.dimensions()[2];
   if (static_cast<int64_t>(splits.element_count()) != num_nodes + 1 ||
       static_cast<int64_t>(scratch->element_count()) != (kSame ? size : 2 * size) ||
-      coefficients.dimensions()[0] != num_tables || (stride != 1 && stride != d) ||
+      static_cast<int64_t>(y->element_count()) != num_tables * size ||
+      (!shared && x.dimensions()[0] != num_tables) || (stride != 1 && stride != d) ||
       num_layers < 1)
     return ffi::Error::InvalidArgument("shapes do not fit together");
   S* const space = reinterpret_cast<S*>(scratch->untyped_data());
@@ -226,7 +228,7 @@ ffi::Error Polynomial(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> splits,
   // One table after the other: several together would not fit into the cache.
   for (int64_t table = 0; table < num_tables; ++table) {
     const T* const c = coefficients.typed_data() + table * (num_layers + 1) * stride;
-    const T* const from = x.typed_data() + table * size;
+    const T* const from = x.typed_data() + (shared ? 0 : table * size);
     T* const to = y->typed_data() + table * size;
     // Each layer but the last, 0, writes the buffer of its parity, from which the next one
     // reads. The result's own may be one of them: layer 1 writes the other.

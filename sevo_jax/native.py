@@ -68,11 +68,16 @@ class Compiled(Rows):
     messages: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     def one_table(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
-        return self.tables(coefficients[None], x[None])[0]
+        if len(coefficients) == 1 or x.dtype not in (jnp.float32, jnp.float64):
+            return super().one_table(coefficients, x)
+        _register(library())
+        return jax.lax.platform_dependent(
+            self, coefficients, x, cpu=_polynomial, default=Rows.one_table
+        )
 
     def tables(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
         if coefficients.shape[1] == 1 or x.dtype not in (jnp.float32, jnp.float64):
-            return _uncompiled(self, coefficients, x)
+            return super().tables(coefficients, x)
         _register(library())
         return _tables(self, coefficients, x)
 
@@ -80,7 +85,7 @@ class Compiled(Rows):
 @custom_vmap
 def _tables(adjacency: Compiled, coefficients: jax.Array, x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(
-        adjacency, coefficients, x, cpu=_polynomials, default=_uncompiled
+        adjacency, coefficients, x, cpu=_polynomials, default=Rows.tables
     )
 
 
@@ -97,27 +102,35 @@ def _more_tables(
         return in_turn(_tables, in_batched, (adjacency, coefficients, x)), True
     if not in_batched[1]:
         coefficients = jnp.broadcast_to(coefficients, (axis_size, *coefficients.shape))
-    if not in_batched[2]:
-        x = jnp.broadcast_to(x, (axis_size, *x.shape))
-    y = _tables(adjacency, *(leaf.reshape(-1, *leaf.shape[2:]) for leaf in (coefficients, x)))
-    return y.reshape(x.shape), True
+    sizes = coefficients.shape[:2]
+    number = sizes[0] * sizes[1]
+    if in_batched[2] or len(x) != 1:  # otherwise one table serves all
+        x = x if in_batched[2] else x[None]
+        x = jnp.broadcast_to(x, (*sizes, *x.shape[2:])).reshape(number, *x.shape[2:])
+    coefficients = coefficients.reshape(number, *coefficients.shape[2:])
+    y = _tables(adjacency, coefficients, x)
+    return y.reshape(*sizes, *y.shape[1:]), True
 
 
-def _uncompiled(adjacency: Compiled, coefficients: jax.Array, x: jax.Array) -> jax.Array:
-    return jax.lax.map(lambda one: Rows.one_table(adjacency, *one), (coefficients, x))
+def _polynomial(adjacency: Compiled, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+    return _polynomials(adjacency, coefficients[None], x[None])[0]
 
 
 def _polynomials(adjacency: Compiled, coefficients: jax.Array, x: jax.Array) -> jax.Array:
-    dtype = str(x.dtype)
-    result, scratch = (jax.ShapeDtypeStruct(shape, x.dtype) for shape in (x.shape, x.shape[1:]))
+    number, terms, _, width = coefficients.shape
+    dtype, shape = str(x.dtype), x.shape[1:]
+    result, scratch = (
+        jax.ShapeDtypeStruct((number, *shape), x.dtype),
+        jax.ShapeDtypeStruct(shape, x.dtype),
+    )
     if adjacency.messages == "bfloat16" and dtype == "float32":
         dtype += "_bfloat16"
-        scratch = jax.ShapeDtypeStruct((2, *x.shape[1:]), jnp.bfloat16)
+        scratch = jax.ShapeDtypeStruct((2, *shape), jnp.bfloat16)
     y, _ = jax.ffi.ffi_call(f"sevo_polynomial_{dtype}", (result, scratch))(
         adjacency.row_splits,
         adjacency.columns,
         adjacency.weights.astype(x.dtype),
-        coefficients.astype(x.dtype).reshape(*coefficients.shape[:2], -1),
+        coefficients.astype(x.dtype).reshape(number, terms, width),
         x,
     )
     return y

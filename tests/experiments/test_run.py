@@ -14,9 +14,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from rich.console import Console
 
 from experiments import cli, main_job, records
+from experiments.backbones import BACKBONES
 from experiments.config import PRESETS, Config, preset
 from experiments.dataset import Dataset, leave_one_out
 from experiments.published import published
@@ -358,6 +360,13 @@ def test_config_rejects_what_it_does_not_know():
         preset("stosa", "amazon_beauty", "adam", cosine_scale=20)
     with pytest.raises(ValueError, match="`batch_size` must be positive"):
         Config(batch_size=0)
+
+
+@pytest.mark.parametrize("model", ["sasrec", "gru4rec"])
+def test_cosine_scale_reaches_the_model(model):
+    config = preset(model, "amazon_beauty", "adam", cosine_scale=20, dim=8)
+    module = nnx.eval_shape(lambda: BACKBONES[model].build(0, 39, config, nnx.Rngs(0)))
+    assert module.cosine_scale == 20
 
 
 def test_run_file_is_complete(finished):

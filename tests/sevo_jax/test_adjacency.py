@@ -85,10 +85,33 @@ def test_vmapped_tables(layout, d):
     tables = jax.jit(jax.vmap(smooth, (0, None)))(jnp.asarray(xs, jnp.float32), 0.9)
     ablation = jax.jit(jax.vmap(smooth, (None, 0)))(jnp.asarray(xs[0], jnp.float32), betas)
     both = jax.jit(jax.vmap(smooth))(jnp.asarray(xs, jnp.float32), betas)
+    by_column = np.linspace(0, betas, d, axis=1)  # [7, d]
+    columns = jax.jit(jax.vmap(smooth))(jnp.asarray(xs, jnp.float32), by_column)
     for s in range(7):
+        for column in (1, d - 1):
+            expected = _expected(graph, xs[s, :, [column]].T, by_column[s, column])
+            np.testing.assert_allclose(columns[s, :, [column]].T, expected, atol=3e-6)
         np.testing.assert_allclose(tables[s], _expected(graph, xs[s], 0.9), atol=3e-6)
         np.testing.assert_allclose(ablation[s], _expected(graph, xs[0], betas[s]), atol=3e-6)
         np.testing.assert_allclose(both[s], _expected(graph, xs[s], betas[s]), atol=3e-6)
+
+
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
+def test_no_tables_at_all(layout):
+    adjacency = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
+    for shape in ((0, 20, 60), (0, 20, 3)):
+        y = jax.vmap(sevo_jax.smooth, (None, 0))(adjacency, jnp.zeros(shape))
+        assert y.shape == shape
+
+
+@pytest.mark.parametrize("layout", ["rows", pytest.param("compiled", marks=needs_compiler)])
+def test_a_shared_table_is_not_copied(layout, library):
+    """A sweep over beta of one table needs none of its size for each beta but the results."""
+    adjacency = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
+    x, betas = jnp.zeros((20, 64)), jnp.linspace(0, 0.9, 16)
+    psi = jax.vmap(lambda x, beta: sevo_jax.smooth(adjacency, x, beta=beta), (None, 0))
+    compiled: Any = jax.jit(psi).lower(x, betas).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * x.nbytes
 
 
 @pytest.mark.parametrize("d", [4, 60])
@@ -200,15 +223,16 @@ def test_what_auto_takes_on_cpu_needs_one_more_table(layout, messages, library):
     assert temporary <= 1.1 * num_nodes * d * 4
 
 
+@pytest.mark.parametrize("num_layers", [0, 3])
 @pytest.mark.parametrize("layout", EVERY_LAYOUT)
-def test_second_call_outside_of_jit_compiles_nothing(layout, caplog):
+def test_second_call_outside_of_jit_compiles_nothing(layout, num_layers, caplog):
     adjacency = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
-    x = jnp.ones((20, 5))
+    x = jnp.ones((20, 3 * len(layout) + num_layers))  # of its own, for nothing is compiled yet
     with jax.log_compiles():
-        sevo_jax.smooth(adjacency, adjacency.matmul(x))
+        sevo_jax.smooth(adjacency, adjacency.matmul(x), num_layers=num_layers)
         assert "Compiling" in caplog.text
         caplog.clear()
-        sevo_jax.smooth(adjacency, adjacency.matmul(x))
+        sevo_jax.smooth(adjacency, adjacency.matmul(x), num_layers=num_layers)
         assert "Compiling" not in caplog.text
 
 
