@@ -122,8 +122,7 @@ _FASTEST: dict[str, tuple[Layout, ...]] = {"cpu": ("compiled", "rows"), "other":
 
 
 def _fastest() -> Layout:
-    backend = jax.default_backend()
-    layouts = _FASTEST[backend if backend in _FASTEST else "other"]
+    layouts = _FASTEST.get(jax.default_backend(), _FASTEST["other"])
     return next(name for name in layouts if name != "compiled" or native.is_built())
 
 

@@ -68,18 +68,24 @@ class Compiled(Rows):
     messages: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     def one_table(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
-        if len(coefficients) == 1 or x.dtype not in (jnp.float32, jnp.float64):
+        if not _compiles(coefficients, x):
             return super().one_table(coefficients, x)
-        _register(library())
         return jax.lax.platform_dependent(
             self, coefficients, x, cpu=_polynomial, default=Rows.one_table
         )
 
     def tables(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
-        if coefficients.shape[1] == 1 or x.dtype not in (jnp.float32, jnp.float64):
+        if not _compiles(coefficients, x):
             return super().tables(coefficients, x)
-        _register(library())
         return _tables(self, coefficients, x)
+
+
+def _compiles(coefficients: jax.Array, x: jax.Array) -> bool:
+    """Whether the library takes coefficients `[..., L + 1, 1, 1 or d]` and x; loads it if so."""
+    if coefficients.shape[-3] == 1 or x.dtype not in (jnp.float32, jnp.float64):
+        return False
+    _register(library())
+    return True
 
 
 @custom_vmap
