@@ -81,7 +81,7 @@ class Compiled(Rows):
 
 
 def _compiles(coefficients: jax.Array, x: jax.Array) -> bool:
-    """Whether the library takes coefficients `[..., L + 1, 1, 1 or d]` and x; loads it if so."""
+    """Whether the library, which is then loaded, takes coefficients `[..., L + 1, 1, n]`."""
     if coefficients.shape[-3] == 1 or x.dtype not in (jnp.float32, jnp.float64):
         return False
     _register(library())
