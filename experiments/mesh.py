@@ -70,10 +70,10 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
             f"`streams` must be a multiple of the {mesh.size} devices of the mesh, got "
             f"{config.streams}."
         )
-    if config.graph != "items":
+    if config.graph not in ("items", "attributes"):
         raise ValueError(
-            '`graph` must be "items" on a mesh, which splits one table of items by rows; got '
-            f"{config.graph!r}."
+            '`graph` must be "items" or "attributes" on a mesh, which splits tables of items '
+            f"by rows; got {config.graph!r}."
         )
     if config.distil != "none":
         raise ValueError(f"`distil` does not run on a mesh yet, got {config.distil!r}.")

@@ -34,6 +34,16 @@ MF = Config(
     eval_every=1,
 )
 SEEDS = (3, 5)
+# The rest of what trains on a mesh; most of a test's time is compilation.
+OTHERS = {
+    "bert4rec": replace(SASREC, model="bert4rec", windows="items", loss="cross_entropy"),
+    "stosa": replace(SASREC, model="stosa", pvn_weight=0.005),
+    "gru4rec": replace(SASREC, model="gru4rec", windows="prefixes"),
+    "lightgcn": replace(MF, model="lightgcn"),
+    "cross entropy": replace(SASREC, loss="cross_entropy", cosine_scale=20.0),
+    "sampled soft-max": replace(SASREC, loss="sampled_softmax", num_negatives=16),
+    "attributes": replace(SASREC, graph="attributes"),
+}
 
 
 def trained(config: Config, mesh: Any) -> tuple[Any, np.ndarray, Any]:
@@ -77,13 +87,32 @@ def test_training_and_ranking_equal_one_device():
     np.testing.assert_array_equal(table[0], state.params["item_embedding"]["embedding"][0])
 
 
+def _slow(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bert4rec", "stosa"),
+        *_slow("gru4rec", "lightgcn", "cross entropy", "sampled soft-max", "attributes"),
+    ],
+)
+def test_other_settings_equal_one_device(name):
+    """Two tables, other windows, a graph beside the parameters, all items, shared negatives."""
+    _, losses, ranks = trained(OTHERS[name], make_mesh(8))
+    _, expected_losses, expected_ranks = trained(OTHERS[name], None)
+    np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(ranks.above, expected_ranks.above)
+
+
 @pytest.mark.parametrize(
     "config, devices, message",
     [
         (SASREC, 9, "`mesh` must be from 1 to the 8 devices, got 9"),
         (SASREC, 0, "`mesh` must be from 1 to the 8 devices, got 0"),
         (SASREC, 5, "`streams` must be a multiple of the 5 devices of the mesh, got 8"),
-        (Config(graph="users_items"), 1, '`graph` must be "items" on a mesh'),
+        (Config(graph="users_items"), 1, '`graph` must be "items" or "attributes" on a mesh'),
     ],
 )
 def test_bad_input(config, devices, message):

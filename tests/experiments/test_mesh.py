@@ -35,15 +35,24 @@ def _assert_same(folder: Path, other: Path) -> None:
         np.testing.assert_allclose(a[3], b[3], rtol=0, atol=1e-6)
 
 
-def test_on_eight_devices_and_on_one_from_their_checkpoint(tmp_path):
+def _run_on_eight_devices(marks: str, folder: Path) -> None:
     suite = "tests/experiments/eight_devices.py"
-    args = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", suite)
-    printed = _output(start(*args, devices=8, FOLDER=str(tmp_path)))
-    assert "skipped" not in printed, printed
+    args = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marks, suite)
+    printed = _output(start(*args, devices=8, FOLDER=str(folder)))
+    assert "passed" in printed and "skipped" not in printed, printed
+
+
+def test_on_eight_devices_and_on_one_from_their_checkpoint(tmp_path):
+    _run_on_eight_devices("not slow", tmp_path)
     module, *_ = load_run(tmp_path / "eight", seed=5)
     assert module.item_embedding.embedding.shape == (100, 8)  # without the free rows
     eight_devices.go_on(tmp_path / "one")
     _assert_same(tmp_path / "four", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_every_other_setting_on_eight_devices(tmp_path):
+    _run_on_eight_devices("slow", tmp_path)
 
 
 OPTIONS = "train --model mf --optimizers sevo_adamw --epochs 2 --eval-every 1 --batch-size 512"
