@@ -197,6 +197,8 @@ def _numbers(column: pl.Series) -> pl.Series:
     """Int64 if every text is an integer, else Float64, null where neither; dates in seconds."""
     if column.dtype.is_temporal():
         return column.cast(pl.Datetime("us")).dt.epoch("us") / 1_000_000
+    if column.dtype.is_decimal():  # polars cannot ask whether these are finite
+        return column.cast(pl.Float64)
     if column.dtype.is_numeric():
         return column
     integers = column.cast(pl.String).cast(pl.Int64, strict=False)

@@ -278,14 +278,14 @@ def _side_by_side(adjacency: Rows, coefficients: jax.Array, x: jax.Array) -> jax
 
 
 def _forward(*args: Any) -> tuple[jax.Array, Any]:
-    return _tables_polynomial(*args), args
+    return _rows_polynomial(*args), args  # which has a second derivative, in reverse mode
 
 
 def _backward(args: Any, cotangent: jax.Array) -> tuple[None, jax.Array, jax.Array]:
     adjacency, coefficients, x = args
-    powers = [x]
+    powers, product = [x], jnp.array([0, 1], x.dtype).reshape(2, 1, 1)
     for _ in coefficients[1:]:
-        powers.append(adjacency.matmul(powers[-1]))
+        powers.append(_rows_polynomial(adjacency, product, powers[-1]))
     axes = (0, 1) if coefficients.shape[-1] == 1 else 0
     inner = [jnp.sum(power * cotangent, axes, keepdims=True) for power in powers]
     return None, jnp.stack(inner), _rows_polynomial(adjacency, coefficients, cotangent)

@@ -189,5 +189,9 @@ def check_smoothing(
             raise ValueError(f"`{function}`: unknown `{name}` {value!r}, valid are {valid}.")
     if callable(beta) or isinstance(beta, Tracer):
         return
+    if not (hasattr(beta, "dtype") or isinstance(beta, int | float)):
+        raise TypeError(
+            f"`{function}` takes `beta` as a number, an array or a schedule, but got {beta!r}."
+        )
     if not np.all((np.asarray(beta) >= 0) & (np.asarray(beta) < 1)):
         raise ValueError(f"`{function}`: `beta` must lie in [0, 1), got {beta}.")

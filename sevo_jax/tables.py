@@ -33,6 +33,9 @@ def table_groups(params: Any, tables: Tables, num_nodes: int) -> list[list[int]]
         groups = [[i] for i, path in enumerate(paths) if re.search(tables, path)]
     elif isinstance(tables, tuple) and tables and all(isinstance(t, str) for t in tables):
         groups = [[_only(pattern, paths, leaves) for pattern in tables]]
+        if len(set(groups[0])) < len(groups[0]):
+            named = ", ".join(paths[i] for i in groups[0])
+            raise ValueError(f"`tables` = {tables!r} names a parameter twice: {named}.")
     else:
         mask = tables(params) if callable(tables) else tables
         groups = [[i] for i, chosen in enumerate(_broadcast(mask, params)) if chosen]

@@ -1,6 +1,7 @@
 """Every format: a good file, and bad ones that must name their file and line."""
 
 import datetime
+import decimal
 import gzip
 import io
 from pathlib import Path
@@ -320,6 +321,13 @@ def test_parquet(tmp_path):
     assert np.diff(dataset.timestamps) == 24 * 3600
     with pytest.raises(ValueError, match="no column 'user' for the user, only who, item"):
         load(path)
+
+
+def test_parquet_of_decimals(tmp_path):
+    """As databases export ratings."""
+    ratings = [decimal.Decimal(text) for text in ("3.5", "4.5", "5.0")]
+    path = parquet(tmp_path, user=[1, 1, 1], item=[1, 2, 3], rating=ratings, timestamp=[1] * 3)
+    assert load(path, min_rating=4).item_ids.tolist() == [2, 3]
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,26 @@ def test_vmapped_tables(layout, d):
 
 
 @pytest.mark.parametrize("layout", EVERY_LAYOUT)
+def test_second_derivatives(layout):
+    """In reverse mode, of the table, of beta, and of both."""
+    graph, x = random_graph(), jnp.asarray(_table(20, 3), jnp.float32)
+
+    def derivatives(layout):
+        adjacency = sevo_jax.normalized_adjacency(graph, layout=layout)
+
+        def loss(x, beta):
+            return (sevo_jax.smooth(adjacency, x, beta=beta) ** 3).sum()
+
+        def along(x, beta):
+            return jnp.vdot(jax.grad(loss)(x, beta), x)
+
+        return *jax.grad(along, (0, 1))(x, 0.5), jax.grad(jax.grad(loss, 1), 1)(x, 0.5)
+
+    for found, expected in zip(derivatives(layout), derivatives("dense"), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_no_tables_at_all(layout):
     adjacency = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
     for shape in ((0, 20, 60), (0, 20, 3)):

@@ -183,6 +183,7 @@ def random_graph_adjacency():
         ({"beta": -0.1}, ValueError, r"`beta` must lie in"),
         ({"beta": np.nan}, ValueError, r"`beta` must lie in"),
         ({"beta": np.array([0.5, 1.5])}, ValueError, r"`beta` must lie in"),
+        ({"beta": [0.5, 0.5]}, TypeError, r"a number, an array or a schedule, .* \[0.5, 0.5\]"),
         ({"beta": np.array([0.5, 0.5, 0.5])}, ValueError, r"shape \[d=2\], but got \(3,\)"),
         ({"num_layers": -1}, ValueError, "`num_layers` .* at least 0, got -1"),
         ({"num_layers": 1.5}, ValueError, "`num_layers` .* got 1.5"),

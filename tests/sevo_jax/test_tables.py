@@ -75,7 +75,7 @@ def test_a_tree_without_leaves_passes():
         ("position", ValueError, r"20 nodes, but .* position/embedding \(10, 4\)"),
         ("embedding", ValueError, r"20 nodes, but .* position/embedding \(10, 4\)"),
         ("bias", ValueError, r"Tables have shape \[rows, d\] .* layers/1/bias \(20,\)"),
-        (("item", "item"), ValueError, r"20 nodes, but .* \(20, 4\), .*\(20, 4\)"),
+        (("item", "item"), ValueError, "names a parameter twice: item_.*, item_"),
         (("embedding",), ValueError, "Each of a tuple .* but 2 match 'embedding'"),
         (("item", "user"), ValueError, "Each of a tuple .* but 0 match 'user'"),
         (("item", "kernel"), ValueError, r"20 nodes, but .*\(20, 4\), .*kernel \(4, 4\)"),
