@@ -233,7 +233,7 @@ def arms_of(options: Ablate) -> tuple[dict[str, Config], Any, Any]:
     name = options.preset or dataset.name
 
     def make(optimizer: str, **settings: Any) -> Config:
-        given = options.given() | settings
+        given = options.given_to(optimizer) | settings
         return preset(options.model, name, optimizer, **given)
 
     arms = ABLATIONS[options.name](make)

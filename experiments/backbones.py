@@ -28,6 +28,7 @@ from sevo_jax import (
     sevo_sgd,
 )
 from sevo_jax.layouts import Adjacency
+from sevo_jax.tables import table_mask
 
 TABLE = "item_embedding"
 WIDER = 10  # how many times a teacher's width is its student's
@@ -95,6 +96,12 @@ BACKBONES: dict[str, Backbone] = {
         _next_item,
         _ATTENTION | _same("attention_dropout_rate", "fixed"),
         tables="item_(mean|covariance)",
+    ),
+    "bsarec": Backbone(
+        models.BSARec,
+        _next_item,
+        _ATTENTION
+        | _same("attention_dropout_rate", "filter_weight", "filter_cutoff", "cosine_scale"),
     ),
     "mf": Backbone(models.MF, lambda *_: UserItem(), _same("dim"), knows_users=True),
     "lightgcn": Backbone(
@@ -219,9 +226,8 @@ def _steps(
         def rate(count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
             return learning_rate * shape(count)
 
-    users_too = config.graph == "users_items"
     psi: Any = {
-        "tables": ("user_embedding", TABLE) if users_too else BACKBONES[config.model].tables,
+        "tables": _tables(config),
         "beta": beta * np.linspace(0, 1, config.dim) if config.beta_ramp else beta,
         "num_layers": config.num_layers,
         "method": config.method,
@@ -266,6 +272,35 @@ def _steps(
     else:
         after = sevo_sgd(rate, graph, momentum=config.momentum, weight_decay=decay, **psi)
     return optax.chain(*first, after) if first else after
+
+
+def _tables(config: Config) -> str | tuple[str, ...]:
+    """The tables that SEvo smooths."""
+    if config.graph == "users_items":
+        return ("user_embedding", TABLE)
+    return BACKBONES[config.model].tables
+
+
+def smooth_tables(module: Any, config: Config, adjacency: Adjacency) -> None:
+    """Smooths a new module's tables along the graph, by psi with `config.smooth_start` as beta.
+
+    What is drawn at random has as much of high frequencies as of low ones, and smooth updates
+    never take it away. Each table keeps the spread that it was drawn with.
+    """
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    psi = sevo(
+        adjacency,
+        tables=_tables(config),
+        beta=config.smooth_start,
+        num_layers=config.num_layers,
+    )
+    smoothed, _ = psi.update(params, psi.init(params))
+    mask = table_mask(params, _tables(config), adjacency.num_nodes)
+
+    def scaled(old: jax.Array, new: jax.Array, is_table: bool) -> jax.Array:
+        return new * (old.std() / new.std()) if is_table else old
+
+    nnx.update(module, jax.tree.map(scaled, params, smoothed, mask))
 
 
 def _correct_where(

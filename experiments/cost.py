@@ -68,7 +68,7 @@ def _backbones(arms: list[str], options: Ablate, console: Console) -> Finding:
         # LightGCN does in the network what SEvo does in training.
         names = OPTIMIZERS if model != "lightgcn" else OPTIMIZERS[:1]
         configs = [
-            preset(model, options.preset or dataset.name, name, **options.given())
+            preset(model, options.preset or dataset.name, name, **options.given_to(name))
             for name in names
         ]
         epochs, rankings = _seconds(configs, split, options.seeds[0])

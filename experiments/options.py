@@ -71,6 +71,9 @@ class Job:
     """Let the strength rise over the table's columns, from 0 to `beta`."""
     num_layers: int | None = None
     """How many hops the smoothing reaches, the paper's L."""
+    smooth_start: float | None = None
+    """Also smooth the tables that training begins with, by this strength in [0, 1); for
+    optimizers with SEvo."""
     method: Literal["neumann", "iterative", "exact"] | None = None
     rescale: bool | None = None
     correct_moments: bool | None = None
@@ -111,6 +114,10 @@ class Job:
     num_heads: int | None = None
     dropout_rate: float | None = None
     attention_dropout_rate: float | None = None
+    filter_weight: float | None = None
+    """The share of BSARec's low-pass filter, beside attention."""
+    filter_cutoff: int | None = None
+    """How many frequencies BSARec's filter lets pass, positive and negative ones."""
     fixed: bool | None = None
     """STOSA without the published code's mistake."""
     epochs: int | None = None
@@ -121,6 +128,14 @@ class Job:
         names = {one.name for one in fields(Config)} & {one.name for one in fields(self)}
         found = {name: getattr(self, name) for name in sorted(names - {"model"})}
         return {name: value for name, value in found.items() if value is not None}
+
+    def given_to(self, optimizer: str) -> dict[str, Any]:
+        """The settings that were given, but for what only SEvo has where there is none."""
+        known = self.given()
+        if not optimizer.startswith("sevo_"):
+            known.pop("placement", None)
+            known.pop("smooth_start", None)
+        return known
 
 
 @dataclass(kw_only=True)
@@ -146,9 +161,7 @@ class Train(Job):
     process_id: int | None = None
 
     def config(self, optimizer: Optimizer, dataset: str) -> Config:
-        given = {"streams": self.mesh or 1} | self.given()
-        if not optimizer.startswith("sevo_"):
-            given.pop("placement", None)
+        given = {"streams": self.mesh or 1} | self.given_to(optimizer)
         return preset(self.model, self.preset or dataset, optimizer, **given)
 
 

@@ -33,6 +33,7 @@ from experiments.backbones import (
     make_graph,
     make_optimizer,
     prepare,
+    smooth_tables,
     user_item_graph,
     windows_per_step,
 )
@@ -127,9 +128,11 @@ def make_trainer(
         raise ValueError("`config` needs a `teacher`, but got none; see `ablate distillation`.")
     if config.graph == "teacher" and graph is None:
         graph = teacher_graph(teacher)
+    whole = None
     if config.optimizer.startswith("sevo_"):
         graph = make_graph(config, split) if graph is None else graph
-        graph = prepare(graph) if mesh is None else split_graph(graph, mesh)
+        whole = prepare(graph) if mesh is None or config.smooth_start else None
+        graph = whole if mesh is None else split_graph(graph, mesh)
     objective = backbone.objective(dataset.num_items, config)
     context = None
     if config.model == "lightgcn":
@@ -146,8 +149,15 @@ def make_trainer(
         make = functools.partial(MeshTrainer, mesh, num_rows)
     batch_size = windows_per_step(config, data)
     order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))
+
+    def build(rngs: nnx.Rngs) -> Any:
+        module = backbone.build(dataset.num_users, dataset.num_items, config, rngs)
+        if config.smooth_start:
+            smooth_tables(module, config, whole)
+        return module
+
     return make(
-        lambda rngs: backbone.build(dataset.num_users, dataset.num_items, config, rngs),
+        build,
         optimizer(graph)
         if optimizer
         else make_optimizer(config, graph, swept, steps_per_epoch=order.shape[0]),

@@ -6,27 +6,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.encoder import Encoder, self_attention
 from models.layers import (
-    Band,
-    Rows,
     Window,
-    attend,
-    attention_weights,
     check_heads,
     dropout,
     layer_norm,
-    packed_positions,
-    split_heads,
     split_key,
     uniform,
     xavier_normal,
 )
-from models.packing import Packed
 
 LAYER_NORM_EPS = 1e-5
 
 
-class BERT4Rec(nnx.Module):
+class BERT4Rec(Encoder, nnx.Module):
     """A bidirectional transformer that predicts hidden items from both sides.
 
     Table row 0 is padding, row 1 the mask that stands for a hidden item, and item i lives in
@@ -37,6 +31,7 @@ class BERT4Rec(nnx.Module):
     """
 
     num_special = 2
+    causal = False
 
     def __init__(
         self,
@@ -65,57 +60,6 @@ class BERT4Rec(nnx.Module):
             Block(dim, num_heads, dropout_rate, projection_key, rngs=rngs)
             for _ in range(num_blocks)
         )
-
-    def __call__(self, items: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
-        """States of a left-padded batch.
-
-        Args:
-          items: int `[B, max_length]` table rows, oldest first, 0 for padding on the left.
-          dropout_key: a random key in training.
-
-        Returns:
-          `[B, max_length, dim]`; padding slots hold arbitrary finite values.
-        """
-        used = items > 0
-        # Without gradient to the padding row, whatever a loss makes of padding slots.
-        embedded = jnp.where(used[..., None], self.embed(items), 0)
-        window = Rows(used, causal=False)
-        return self._states(embedded, jnp.arange(self.max_length), window, dropout_key)
-
-    def packed(
-        self, embedded: jax.Array, stream: Packed, *, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
-        """States of sequences packed in one stream; equal to the padded ones.
-
-        Args:
-          embedded: `[T, dim]`, the rows of the item table for the slots of the stream.
-          stream: sequences of at most `max_length` items.
-          dropout_key: a random key in training.
-
-        Returns:
-          `[T, dim]`; unused slots hold arbitrary finite values.
-        """
-        positions = packed_positions(stream, self.max_length)
-        window = Band(stream, self.max_length, causal=False)
-        return self._states(embedded, positions, window, dropout_key)
-
-    def _states(
-        self,
-        embedded: jax.Array,
-        positions: jax.Array,
-        window: Window,
-        dropout_key: jax.Array | None,
-    ) -> jax.Array:
-        key_input, *keys = split_key(dropout_key, 1 + len(self.blocks))
-        x = self.input_norm(embedded + self.position_embedding(positions))
-        x = dropout(x, self.dropout_rate, key_input)
-        for block, key in zip(self.blocks, keys, strict=True):
-            x = block(x, window, key)
-        return x
-
-    def embed(self, rows: jax.Array) -> jax.Array:
-        """Rows of the input table, `[..., dim]`."""
-        return self.item_embedding(rows)
 
     def items(self, rows: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Rows `[..., dim]` of the output table and their biases `[...]`; by default those of
@@ -171,13 +115,7 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, window: Window, dropout_key: jax.Array | None):
         rate = self.dropout_rate
         key_weights, key_attention, key_hidden, key_output = split_key(dropout_key, 4)
-        query, key, value = (
-            split_heads(part, self.num_heads)
-            for part in jnp.split(self.query_key_value(x), 3, axis=-1)
-        )
-        query /= math.sqrt(query.shape[-1])
-        weights = attention_weights(query, key, window, rate, key_weights)
-        attended = self.out(attend(weights, value, window).reshape(x.shape))
+        attended = self_attention(self, x, window, rate, key_weights)
         x = self.attention_norm(x + dropout(attended, rate, key_attention))
         hidden = jax.nn.gelu(self.hidden(x), approximate=False)
         y = self.output(dropout(hidden, rate, key_hidden))

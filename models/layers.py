@@ -73,6 +73,7 @@ class Window(Protocol):
     """What each query of some sequences may attend to, as tiles of queries and of keys."""
 
     mask: jax.Array  # bool, broadcasts to [tiles, queries, keys]
+    lags: np.ndarray  # int [queries, keys], how many slots a key lies before a query
 
     def queries(self, x: jax.Array) -> jax.Array:
         """`[..., heads, d]` to `[heads, tiles, queries, d]`."""
@@ -97,8 +98,8 @@ class Rows:
 
     def __init__(self, used: jax.Array, *, causal: bool):
         num_slots = used.shape[1]
-        every = jnp.ones((num_slots, num_slots), bool)
-        self.mask = used[:, None, :] & (jnp.tril(every) if causal else every)
+        self.lags = np.subtract.outer(np.arange(num_slots), np.arange(num_slots))
+        self.mask = used[:, None, :] & ((self.lags >= 0) | (not causal))
 
     def queries(self, x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 2, 0)
@@ -129,11 +130,11 @@ class Band:
         self.num_after = 0 if causal else self.num_before
         segment = stream.segment
         self.mask = self.tiles(segment, -1)[:, :, None] == self.windows(segment, -2)[:, None, :]
+        num_keys = (self.num_before + 1 + self.num_after) * self.tile
+        first = self.num_before * self.tile  # where a tile's own slots stand among its keys
+        self.lags = np.subtract.outer(first + np.arange(self.tile), np.arange(num_keys))
         if causal:
-            before = self.num_before * self.tile
-            self.mask &= jnp.arange(self.tile)[:, None] + before >= jnp.arange(
-                before + self.tile
-            )
+            self.mask &= self.lags >= 0
 
     def tiles(self, x: jax.Array, fill=0) -> jax.Array:
         """`[T, ...]` to `[num_tiles, tile, ...]`, the last one filled up."""

@@ -39,6 +39,7 @@ OTHERS = {
     "bert4rec": replace(SASREC, model="bert4rec", windows="items", loss="cross_entropy"),
     "stosa": replace(SASREC, model="stosa", pvn_weight=0.005),
     "gru4rec": replace(SASREC, model="gru4rec", windows="prefixes"),
+    "bsarec": replace(SASREC, model="bsarec", attention_dropout_rate=0.5, smooth_start=0.9),
     "lightgcn": replace(MF, model="lightgcn"),
     "cross entropy": replace(SASREC, loss="cross_entropy", cosine_scale=20.0),
     "sampled soft-max": replace(SASREC, loss="sampled_softmax", num_negatives=16),
@@ -95,7 +96,9 @@ def _slow(*names: str) -> list[Any]:
     "name",
     [
         *("bert4rec", "stosa"),
-        *_slow("gru4rec", "lightgcn", "cross entropy", "sampled soft-max", "attributes"),
+        *_slow(
+            "gru4rec", "bsarec", "lightgcn", "cross entropy", "sampled soft-max", "attributes"
+        ),
     ],
 )
 def test_other_settings_equal_one_device(name):

@@ -344,6 +344,12 @@ def test_config_rejects_what_it_does_not_know():
         Config(optimizer="adamax")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='`placement` "gradient" needs an optimizer with SEvo'):
         Config(optimizer="adamw", placement="gradient")
+    with pytest.raises(
+        ValueError, match="`smooth_start` needs an optimizer with SEvo, got 'ad"
+    ):
+        Config(optimizer="adam", smooth_start=0.5)
+    with pytest.raises(ValueError, match=r"`smooth_start` must be in \[0, 1\), got 1"):
+        Config(smooth_start=1.0)
     with pytest.raises(ValueError, match='`touched` "batch" is for the moments'):
         Config(touched="batch", placement="gradient")
     with pytest.raises(ValueError, match="got it for 'sevo_sgd'"):
@@ -356,17 +362,24 @@ def test_config_rejects_what_it_does_not_know():
         Config(windows="users")
     with pytest.raises(ValueError, match="`pvn_weight` is for stosa alone"):
         Config(pvn_weight=0.1)
-    with pytest.raises(ValueError, match="`cosine_scale` is for sasrec and gru4rec"):
+    with pytest.raises(ValueError, match="`cosine_scale` is for sasrec, gru4rec and bsarec"):
         preset("stosa", "amazon_beauty", "adam", cosine_scale=20)
     with pytest.raises(ValueError, match="`batch_size` must be positive"):
         Config(batch_size=0)
 
 
-@pytest.mark.parametrize("model", ["sasrec", "gru4rec"])
+@pytest.mark.parametrize("model", ["sasrec", "gru4rec", "bsarec"])
 def test_cosine_scale_reaches_the_model(model):
     config = preset(model, "amazon_beauty", "adam", cosine_scale=20, dim=8)
     module = nnx.eval_shape(lambda: BACKBONES[model].build(0, 39, config, nnx.Rngs(0)))
     assert module.cosine_scale == 20
+
+
+def test_the_filter_of_bsarec_is_a_setting():
+    config = preset("bsarec", "amazon_beauty", "adam", filter_weight=0, filter_cutoff=1, dim=8)
+    module = nnx.eval_shape(lambda: BACKBONES["bsarec"].build(0, 39, config, nnx.Rngs(0)))
+    assert module.blocks[0].filter_weight == 0
+    np.testing.assert_allclose(module.blocks[0].kernel, 1 / 50)  # their mean passes alone
 
 
 def test_run_file_is_complete(finished):

@@ -1,5 +1,6 @@
 """The compiled epoch against a padded step, seeds against each other, and its determinism."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 from experiments import training
-from experiments.backbones import prepare
+from experiments.backbones import make_graph, prepare
 from experiments.batching import Windows, training_data
 from experiments.config import Config
 from experiments.dataset import Evaluation, leave_one_out
@@ -21,6 +22,7 @@ from experiments.synthetic import synthetic
 from experiments.training import Trainer, TrainState
 from models import GRU4Rec, SASRec
 from sevo_jax import item_graph, normalized_adjacency, sevo_adamw
+from tests.helpers import dense, reference_normalized, reference_smooth
 from tests.models.toys import assert_same_tree, padded, random_params
 
 
@@ -178,6 +180,39 @@ def test_the_same_seed_gives_the_same_bits(trainer):
     (first, losses), (again, _) = train(trainer), train(trainer)
     jax.tree.map(np.testing.assert_array_equal, first._replace(key=0), again._replace(key=0))
     assert losses[0, 0] != losses[0, 1]  # the other seed is another run
+
+
+@pytest.mark.parametrize("model", ["sasrec", "bert4rec", "mf"])
+def test_smooth_start(model, split):
+    """All tables are smoothed, each with its own spread; what is no table stays."""
+    windows = {"bert4rec": "items", "mf": "users"}.get(model, "last")
+    loss = {"bert4rec": "cross_entropy", "mf": "bpr"}.get(model, "bce")
+    config = replace(CONFIG, model=model, windows=windows, loss=loss)
+    if model == "mf":
+        config = replace(config, graph="users_items")
+    plain = initial(make_trainer(config, split))
+    start = initial(make_trainer(replace(config, smooth_start=0.9, num_layers=2), split))
+    adjacency = reference_normalized(dense(make_graph(config, split)))
+    tables = {
+        "sasrec": ["item_embedding"],
+        "bert4rec": ["item_embedding", "output_embedding"],
+        "mf": ["user_embedding", "item_embedding"],
+    }[model]
+    for seed in range(len(SEEDS)):
+        drawn = [np.float64(plain.params[name]["embedding"][seed]) for name in tables]
+        if model == "mf":  # one graph for both
+            smoothed = reference_smooth(adjacency, np.concatenate(drawn), 0.9, 2, "neumann")
+            expected = np.split(smoothed, [len(drawn[0])])
+        else:
+            expected = [reference_smooth(adjacency, x, 0.9, 2, "neumann") for x in drawn]
+        for name, old, new in zip(tables, drawn, expected, strict=True):
+            actual = start.params[name]["embedding"][seed]
+            np.testing.assert_allclose(actual, new * old.std() / new.std(), atol=2e-6)
+            np.testing.assert_allclose(np.std(actual), old.std(), rtol=1e-5)
+    for state in (plain, start):
+        for name in tables:
+            del state.params[name]
+    jax.tree.map(np.testing.assert_array_equal, start.params, plain.params)
 
 
 def test_epochs_differ_by_their_number_alone(trainer):
