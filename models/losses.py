@@ -181,13 +181,14 @@ def mean_in_chunks(
     pieces = ((slots, jnp.where(used, weights, 0)), fixed)
     # No infinite score, which times a weight of 0 would be NaN.
     pieces = jax.tree.map(lambda x: jnp.where(_like(used, x), x, 0), pieces)
-    pieces = jax.tree.map(lambda x: _chunks(x, min(chunk_size, len(weights))), pieces)
+    size = min(chunk_size, len(weights))
+    (chunks, fixed), used = jax.tree.map(lambda x: _chunks(x, size), (pieces, used))
 
     def weighted(shared: Any, chunk: Any, fixed: Any) -> jax.Array:
         slots, weights = chunk
         return (loss(shared, slots, fixed) * weights).sum()
 
-    summed: Any = _sum_over_chunks(weighted, shared, *pieces)
+    summed: Any = _sum_over_chunks(weighted, shared, chunks, (fixed, used.any(axis=1)))
     total = weights.sum()
     return summed / jnp.where(total > 0, total, 1)
 
@@ -223,22 +224,41 @@ def _chunks(x: jax.Array, size: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_over_chunks(loss: Callable[..., jax.Array], shared: Any, chunks: Any, fixed: Any):
-    """Sum of `loss(shared, chunk, fixed)` over the leading axis of `chunks` and `fixed`.
+def _sum_over_chunks(loss: Callable[..., jax.Array], shared: Any, chunks: Any, rest: Any):
+    """Sum of `loss(shared, chunk, fixed)` over the leading axis of `chunks` and `rest`.
+
+    `rest` is `fixed` and whether a chunk is used; the loss of others is 0 and takes no time.
 
     When differentiated, the gradient of a chunk is taken together with its value: nothing of
-    its size outlives it, and nothing is computed again. `fixed` has none.
+    its size outlives it, and nothing is computed again. `rest` has none.
     """
-    return jax.lax.map(lambda pieces: loss(shared, *pieces), (chunks, fixed)).sum()
+
+    def value(pieces: Any) -> jax.Array:
+        chunk, (fixed, used) = pieces
+        # A stream ends in unused slots, a third of them or more where a batch is small.
+        of_chunk = functools.partial(loss, shared, chunk, fixed)
+        return jax.lax.cond(used, of_chunk, lambda: jnp.zeros_like(jax.eval_shape(of_chunk)))
+
+    return jax.lax.map(value, (chunks, rest)).sum()
 
 
-def _sum_and_gradients(loss: Callable[..., jax.Array], shared: Any, chunks: Any, fixed: Any):
+def _sum_and_gradients(loss: Callable[..., jax.Array], shared: Any, chunks: Any, rest: Any):
     def step(total: Any, pieces: Any):
-        value, (of_shared, of_chunk) = jax.value_and_grad(loss, (0, 1))(shared, *pieces)
-        return jax.tree.map(jnp.add, total, of_shared), (value, of_chunk)
+        chunk, (fixed, used) = pieces
+
+        def add(total: Any):
+            value, (of_shared, of_chunk) = jax.value_and_grad(loss, (0, 1))(
+                shared, chunk, fixed
+            )
+            return jax.tree.map(jnp.add, total, of_shared), (value, of_chunk)
+
+        def skip(total: Any):
+            return total, jax.tree.map(jnp.zeros_like, jax.eval_shape(add, total)[1])
+
+        return jax.lax.cond(used, add, skip, total)
 
     start = jax.tree.map(jnp.zeros_like, shared)
-    of_shared, (values, of_chunks) = jax.lax.scan(step, start, (chunks, fixed))
+    of_shared, (values, of_chunks) = jax.lax.scan(step, start, (chunks, rest))
     return values.sum(), (of_shared, of_chunks)
 
 
