@@ -346,6 +346,24 @@ def test_cross_entropy_of_unused_slots():
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(nothing))
 
 
+@pytest.mark.parametrize("transform", [lambda f: f, jax.grad], ids=["value", "gradient"])
+def test_cross_entropy_computes_no_chunk_of_unused_slots(transform):
+    calls = []
+
+    def counted(states, items):
+        jax.debug.callback(lambda: calls.append(1))
+        return dot(states, items)
+
+    states, items, _, _ = softmax_problem(dot, "float32")
+    weights = np.array([1, 0, 1, 1, 0, 0, 0], np.float32)
+    run = jax.jit(
+        transform(lambda s: cross_entropy(counted, s, items, s[:, 0], weights, chunk_size=2))
+    )
+    jax.block_until_ready(run(states))
+    jax.effects_barrier()
+    assert len(calls) == 2
+
+
 def test_cross_entropy_maps_over_seeds():
     """Several runs train in one program."""
     states, items, targets, weights = softmax_problem(dot, "float32")
