@@ -101,9 +101,10 @@ def made_of(kept: dict[str, Any]) -> str:
 def keep(folders: Iterable[str | Path], into: str | Path) -> None:
     """Copies tested runs' records below `into`, thinned so that a repository can hold them.
 
-    Tests stay whole; of the curves, epochs 1, 5, 10 and every 20th stay, without the settings,
-    which each test repeats. A run `DATA-MODEL/OPTIMIZER` becomes one file of that name, and so
-    does an arm of an ablation. Studies are copied with their pictures.
+    Tests stay whole, but for the folders that the data lay in; of the curves, epochs 1, 5, 10
+    and every 20th stay, without the settings, which each test repeats. A run
+    `DATA-MODEL/OPTIMIZER` becomes one file of that name, and so does an arm of an ablation.
+    Studies are copied with their pictures.
     """
     for path, _ in study.read(folders):
         target = Path(into) / path.parent.name
@@ -130,7 +131,10 @@ def tested(folders: Iterable[str | Path]) -> Iterator[tuple[Path, Records]]:
 
 def _thin(record: dict[str, Any]) -> dict[str, Any] | None:
     if "test" in record["kind"] or record["kind"] == "bucket":
-        return record
+        data = dict(record.get("data", {}))
+        if "source" in data:
+            data["source"] = Path(data["source"]).name
+        return record | {"data": data}
     if record["epoch"] not in (1, 5, 10) and record["epoch"] % 20:
         return None
     names = ("kind", "seed", "epoch", "seconds", "loss", *METRICS)

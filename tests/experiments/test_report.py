@@ -19,7 +19,7 @@ def runs(tmp_path):
     folder.mkdir(parents=True)
     settings = {
         "config": asdict(CONFIG),
-        "data": {"name": "amazon_beauty"},
+        "data": {"name": "amazon_beauty", "source": "/home/someone/amazon_beauty"},
         "device": "1 cpu (cpu)",
         "cores": 2,
         "num_seeds": 2,
@@ -62,7 +62,8 @@ def test_tables_hold_mean_and_spread(runs, tmp_path):
 
 def test_kept_records_give_the_same_table(runs, tmp_path):
     keep([runs], tmp_path / "results")
-    assert (tmp_path / "results" / "beauty-sasrec" / "sevo_adamw.jsonl").exists()
+    kept = (tmp_path / "results" / "beauty-sasrec" / "sevo_adamw.jsonl").read_text()
+    assert '"source": "amazon_beauty"' in kept and "someone" not in kept
     pages = [tmp_path / "a.md", tmp_path / "b.md"]
     write_report([runs], pages[0])
     write_report([tmp_path / "results"], pages[1])
