@@ -128,10 +128,11 @@ def make_trainer(
         raise ValueError("`config` needs a `teacher`, but got none; see `ablate distillation`.")
     if config.graph == "teacher" and graph is None:
         graph = teacher_graph(teacher)
-    whole = None
+    whole: Any = None
     if config.optimizer.startswith("sevo_"):
         graph = make_graph(config, split) if graph is None else graph
-        whole = prepare(graph) if mesh is None or config.smooth_start else None
+        if mesh is None or config.smooth_start:
+            whole = prepare(graph)
         graph = whole if mesh is None else split_graph(graph, mesh)
     objective = backbone.objective(dataset.num_items, config)
     context = None

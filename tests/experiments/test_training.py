@@ -199,7 +199,7 @@ def test_smooth_start(model, split):
         "mf": ["user_embedding", "item_embedding"],
     }[model]
     for seed in range(len(SEEDS)):
-        drawn = [np.float64(plain.params[name]["embedding"][seed]) for name in tables]
+        drawn = [np.array(plain.params[name]["embedding"][seed], float) for name in tables]
         if model == "mf":  # one graph for both
             smoothed = reference_smooth(adjacency, np.concatenate(drawn), 0.9, 2, "neumann")
             expected = np.split(smoothed, [len(drawn[0])])
