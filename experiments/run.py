@@ -131,7 +131,7 @@ def make_trainer(
     whole: Any = None
     if config.optimizer.startswith("sevo_"):
         graph = make_graph(config, split) if graph is None else graph
-        if mesh is None or config.smooth_start:
+        if mesh is None or config.smooth_start:  # what begins smoothed is not split yet
             whole = prepare(graph)
         graph = whole if mesh is None else split_graph(graph, mesh)
     objective = backbone.objective(dataset.num_items, config)
