@@ -21,6 +21,7 @@ from sevo_jax.layouts import Rows, in_turn
 SOURCE = Path(__file__).with_name("native.cc")
 COMMAND = "python -m sevo_jax.compile"
 _TARGETS = ("float32", "float64", "float32_bfloat16")
+_registered: set[str] = set()  # names of libraries; the name tells what is inside
 
 
 def library() -> Path:
@@ -46,7 +47,6 @@ def is_built() -> bool:
     return os.path.exists(library())
 
 
-@functools.cache
 def _register(path: Path) -> None:
     """Loads the library and makes its functions known to XLA, once in a process."""
     if not path.exists():
@@ -54,10 +54,14 @@ def _register(path: Path) -> None:
             f'`layout="compiled"` needs a library that is not built. Run `{COMMAND}`, or '
             'take `layout="rows"`.'
         )
+    # XLA takes no second library for a name, not even the same one from another cache folder.
+    if path.name in _registered:
+        return
     loaded = ctypes.cdll.LoadLibrary(str(path))
     for target in _TARGETS:
         capsule = jax.ffi.pycapsule(getattr(loaded, f"sevo_polynomial_{target}"))
         jax.ffi.register_ffi_target(f"sevo_polynomial_{target}", capsule, platform="cpu")
+    _registered.add(path.name)
 
 
 @jax.tree_util.register_dataclass

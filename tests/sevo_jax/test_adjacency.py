@@ -1,6 +1,7 @@
 """Every layout against the dense matrix; preparation and its errors."""
 
 import dataclasses
+import shutil
 from typing import Any
 
 import jax
@@ -314,6 +315,19 @@ def test_auto_takes_compiled_rows_on_cpu_if_built(library, monkeypatch, tmp_path
     adjacency = sevo_jax.normalized_adjacency(random_graph(), layout="compiled")
     with pytest.raises(RuntimeError, match="Run `python -m sevo_jax.compile`"):
         sevo_jax.smooth(adjacency, jnp.ones((20, 2)))
+
+
+@needs_compiler
+def test_the_library_may_also_lie_in_another_cache(library, monkeypatch, tmp_path):
+    """XLA refuses the functions of a second library, and calls those of the first."""
+    graph = random_graph()
+    adjacency = sevo_jax.normalized_adjacency(graph, layout="compiled")
+    expected = sevo_jax.smooth(adjacency, jnp.ones((20, 2)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "sevo_jax").mkdir()
+    shutil.copy(library, native.library())
+    actual = jax.jit(lambda x: sevo_jax.smooth(adjacency, x))(jnp.ones((20, 2)))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 @needs_compiler
