@@ -14,20 +14,17 @@ from tests.models.toys import (
     BATCH,
     MAX_LENGTH,
     NUM_ITEMS,
-    NUM_USED,
     PLACES,
-    ROWS,
-    SEQUENCES,
-    STREAM,
     abstract,
     assert_item_rows_seen,
     assert_normal,
+    assert_packed_equals_padded,
     assert_same_tree,
+    assert_unused_slots_stay_finite,
+    cross_entropy,
     forms,
     gradients_in_training,
     initial_params,
-    packed,
-    padded,
     paths,
     random_params,
 )
@@ -131,30 +128,14 @@ def test_forward_pass(num_heads, filter_weight, cutoff):
 
 @pytest.mark.parametrize(("max_length", "num_blocks"), [(MAX_LENGTH, 2), (6, 1)])
 def test_packed_equals_padded(max_length, num_blocks):
-    """States, and gradients of the cross-entropy over all items; an odd and an even length."""
+    """By the cross-entropy over all items; an odd and an even length."""
+
+    def loss(module, states):
+        return cross_entropy(module.score_all(states, module.items()))
+
     with jax.enable_x64(True):
         module = build(max_length, num_blocks=num_blocks, dtype="float64")
-        params = random_params(module, "float64")
-        graphdef = nnx.split(module)[0]
-        batch, places = padded(SEQUENCES, max_length)
-        targets = np.random.default_rng(1).integers(0, NUM_ITEMS, NUM_USED)
-
-        def in_padded_form(module):
-            return module(jnp.asarray(batch))[places]
-
-        def in_packed_form(module):
-            return module.packed(module.embed(jnp.asarray(ROWS)), STREAM)[:NUM_USED]
-
-        def run(form):
-            def loss(params):
-                module = nnx.merge(graphdef, params)
-                states = form(module)
-                logits = jax.nn.log_softmax(module.score_all(states, module.items()))
-                return -logits[jnp.arange(NUM_USED), targets].mean(), states
-
-            return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-
-        assert_same_tree(run(in_packed_form), run(in_padded_form), 1e-12)
+        assert_packed_equals_padded(module, loss)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 8])
@@ -225,18 +206,7 @@ def test_padding_has_no_influence():
 
 
 def test_unused_slots_stay_finite():
-    """Those that fill up the last tile, and a stream that holds nothing, with gradients."""
-    module = build()
-    graphdef, params = nnx.split(module)[0], random_params(module)
-    rows, stream = packed([[], []], 7)
-
-    def loss(params):
-        module = nnx.merge(graphdef, params)
-        states = module.packed(module.embed(jnp.asarray(rows)), stream)
-        return (states**2).sum(), states
-
-    results = jax.jit(jax.grad(loss, has_aux=True))(params)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(results))
+    assert_unused_slots_stay_finite(build())
 
 
 def test_names_of_the_parameters():

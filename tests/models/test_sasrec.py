@@ -20,7 +20,7 @@ from tests.models.toys import (
     abstract,
     assert_item_rows_seen,
     assert_normal,
-    assert_same_tree,
+    assert_packed_equals_padded,
     assert_uniform,
     forms,
     gradients_in_training,
@@ -148,26 +148,19 @@ def test_options_change_what_they_must(option):
     ids=str,
 )
 def test_packed_equals_padded(num_blocks, options):
-    """States, and gradients of a loss over positive and negative items; for single precision
-    see the training step's test."""
+    """By positive and negative items; for single precision see the training step's test."""
+    positives, negatives = np.random.default_rng(1).integers(1, NUM_ITEMS, (2, NUM_USED))
+
+    def loss(module, states):
+        table = module.item_embedding.embedding[...]
+        positive, negative = (
+            (states * table[items]).sum(-1) for items in (positives, negatives)
+        )
+        return (jnp.log1p(jnp.exp(-positive)) + jnp.log1p(jnp.exp(negative))).mean()
+
     with jax.enable_x64(True):
         module = build(num_blocks=num_blocks, dtype="float64", **options)
-        params = random_params(module, "float64")
-        positives, negatives = np.random.default_rng(1).integers(1, NUM_ITEMS, (2, NUM_USED))
-
-        def run(form):
-            def loss(params):
-                states, table = form(params), params["item_embedding"]["embedding"]
-                positive, negative = (
-                    (states * table[items]).sum(-1) for items in (positives, negatives)
-                )
-                losses = jnp.log1p(jnp.exp(-positive)) + jnp.log1p(jnp.exp(negative))
-                return losses.mean(), states
-
-            return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-
-        in_padded_form, in_packed_form = forms(module)
-        assert_same_tree(run(in_packed_form), run(in_padded_form), 1e-12)
+        assert_packed_equals_padded(module, loss)
 
 
 def test_a_state_depends_on_the_items_up_to_it():

@@ -17,15 +17,14 @@ from tests.models.toys import (
     PLACES,
     ROWS,
     SEQUENCES,
-    STREAM,
     abstract,
     assert_normal,
+    assert_packed_equals_padded,
     assert_same_tree,
     forms,
     gradients_in_training,
     initial_params,
     packed,
-    padded,
     paths,
     random_params,
 )
@@ -176,35 +175,19 @@ def test_scores():
     ("max_length", "num_blocks", "fixed"), [(MAX_LENGTH, 1, False), (6, 2, True)]
 )
 def test_packed_equals_padded(max_length, num_blocks, fixed):
-    """States, and gradients of the published loss with both of its terms."""
+    """By the published loss with both of its terms."""
+    drawn = np.random.default_rng(1).integers(1, NUM_ITEMS, (2, NUM_USED))
+    positives, negatives = jnp.asarray(drawn)
+
+    def loss(module, states):
+        positive, negative = module.items(positives), module.items(negatives)
+        target = module.score(states, positive)
+        losses = jax.nn.softplus(module.score(states, negative) - target)
+        return (losses + jax.nn.relu(module.item_score(positive, negative) - target)).mean()
+
     with jax.enable_x64(True):
         module = build(max_length, num_blocks=num_blocks, fixed=fixed, dtype="float64")
-        params = random_params(module, "float64")
-        graphdef = nnx.split(module)[0]
-        batch, (row, column) = padded(SEQUENCES, max_length)
-        drawn = np.random.default_rng(1).integers(1, NUM_ITEMS, (2, NUM_USED))
-        positives, negatives = jnp.asarray(drawn)
-
-        def in_padded_form(module):
-            return jax.tree.map(lambda leaf: leaf[row, column], module(jnp.asarray(batch)))
-
-        def in_packed_form(module):
-            states = module.packed(module.embed(jnp.asarray(ROWS)), STREAM)
-            return jax.tree.map(lambda leaf: leaf[:NUM_USED], states)
-
-        def run(form):
-            def loss(params):
-                module = nnx.merge(graphdef, params)
-                states = form(module)
-                positive, negative = module.items(positives), module.items(negatives)
-                target = module.score(states, positive)
-                losses = jax.nn.softplus(module.score(states, negative) - target)
-                losses += jax.nn.relu(module.item_score(positive, negative) - target)
-                return losses.mean(), states
-
-            return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-
-        assert_same_tree(run(in_packed_form), run(in_padded_form), 1e-12)
+        assert_packed_equals_padded(module, loss)
 
 
 @pytest.mark.parametrize("fixed", [False, True])

@@ -111,10 +111,11 @@ def forms(module: Any):
     """Both forms of an attention model as functions of the parameters, giving the states of
     real slots, leaves `[T, dim]`."""
     graphdef = nnx.split(module)[0]
+    batch, places = padded(SEQUENCES, module.max_length)
 
     def in_padded_form(params, key=None):
-        states = nnx.merge(graphdef, params)(jnp.asarray(BATCH), dropout_key=key)
-        return jax.tree.map(lambda leaf: leaf[PLACES], states)
+        states = nnx.merge(graphdef, params)(jnp.asarray(batch), dropout_key=key)
+        return jax.tree.map(lambda leaf: leaf[places], states)
 
     def in_packed_form(params, key=None):
         module = nnx.merge(graphdef, params)
@@ -122,6 +123,41 @@ def forms(module: Any):
         return jax.tree.map(lambda leaf: leaf[:NUM_USED], states)
 
     return jax.jit(in_padded_form), jax.jit(in_packed_form)
+
+
+def assert_packed_equals_padded(module: Any, loss: Callable[[Any, Any], jax.Array]) -> None:
+    """States, and gradients of `loss(module, states)`, of a module in double precision."""
+    graphdef, params = nnx.split(module)[0], random_params(module, "float64")
+
+    def run(form):
+        def value(params):
+            states = form(params)
+            return loss(nnx.merge(graphdef, params), states), states
+
+        return jax.jit(jax.value_and_grad(value, has_aux=True))(params)
+
+    in_padded_form, in_packed_form = forms(module)
+    assert_same_tree(run(in_packed_form), run(in_padded_form), 1e-12)
+
+
+def cross_entropy(logits: jax.Array) -> jax.Array:
+    """Of random targets, `[T, columns]` to a scalar."""
+    targets = np.random.default_rng(1).integers(0, logits.shape[1], len(logits))
+    return -jax.nn.log_softmax(logits)[jnp.arange(len(logits)), targets].mean()
+
+
+def assert_unused_slots_stay_finite(module: Any) -> None:
+    """Those that fill up the last tile, and a stream that holds nothing, with gradients."""
+    graphdef, params = nnx.split(module)[0], random_params(module)
+    rows, stream = packed([[], []], 7)
+
+    def loss(params):
+        module = nnx.merge(graphdef, params)
+        states = module.packed(module.embed(jnp.asarray(rows)), stream)
+        return (states**2).sum(), states
+
+    results = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(results))
 
 
 def gradients_in_training(apply: Any, params: dict[str, Any], tables: Sequence[str]) -> Any:
