@@ -284,18 +284,14 @@ def _tables(config: Config) -> str | tuple[str, ...]:
 def smooth_tables(module: Any, config: Config, adjacency: Adjacency) -> None:
     """Smooths a new module's tables along the graph, by psi with `config.smooth_start` as beta.
 
-    What is drawn at random has as much of high frequencies as of low ones, and smooth updates
-    never take it away. Each table keeps the spread that it was drawn with.
+    What is drawn at random differs between neighbours as much as between any two rows. Each
+    table keeps the spread that it was drawn with.
     """
+    tables = _tables(config)
     params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-    psi = sevo(
-        adjacency,
-        tables=_tables(config),
-        beta=config.smooth_start,
-        num_layers=config.num_layers,
-    )
+    psi = sevo(adjacency, tables=tables, beta=config.smooth_start, num_layers=config.num_layers)
     smoothed, _ = psi.update(params, psi.init(params))
-    mask = table_mask(params, _tables(config), adjacency.num_nodes)
+    mask = table_mask(params, tables, adjacency.num_nodes)
 
     def scaled(old: jax.Array, new: jax.Array, is_table: bool) -> jax.Array:
         return new * (old.std() / new.std()) if is_table else old

@@ -131,10 +131,8 @@ def tested(folders: Iterable[str | Path]) -> Iterator[tuple[Path, Records]]:
 
 def _thin(record: dict[str, Any]) -> dict[str, Any] | None:
     if "test" in record["kind"] or record["kind"] == "bucket":
-        data = dict(record.get("data", {}))
-        if "source" in data:
-            data["source"] = Path(data["source"]).name
-        return record | {"data": data}
+        data = record["data"]
+        return record | {"data": data | {"source": Path(data["source"]).name}}
     if record["epoch"] not in (1, 5, 10) and record["epoch"] % 20:
         return None
     names = ("kind", "seed", "epoch", "seconds", "loss", *METRICS)

@@ -101,6 +101,7 @@ class Block(nnx.Module):
         self.dropout_rate = dropout_rate
         self.attention_dropout_rate = attention_dropout_rate
         self.filter_weight = filter_weight
+        # Not an array: Flax compares a module's static attributes, and needs their hash.
         self.kernel = tuple(kernel.tolist())
         # What is kept of the high frequencies is the square of this (the paper's beta).
         self.root_high = nnx.Param(jax.random.normal(rngs.params(), (dim,)))

@@ -235,7 +235,7 @@ def _sum_over_chunks(loss: Callable[..., jax.Array], shared: Any, chunks: Any, r
 
     def value(pieces: Any) -> jax.Array:
         chunk, (fixed, used) = pieces
-        # A stream ends in unused slots, a third of them or more where a batch is small.
+        # A stream ends in slots that its batch leaves unused.
         of_chunk = functools.partial(loss, shared, chunk, fixed)
         return jax.lax.cond(used, of_chunk, lambda: jnp.zeros_like(jax.eval_shape(of_chunk)))
 
@@ -255,6 +255,7 @@ def _sum_and_gradients(loss: Callable[..., jax.Array], shared: Any, chunks: Any,
         def skip(total: Any):
             return total, jax.tree.map(jnp.zeros_like, jax.eval_shape(add, total)[1])
 
+        # Differentiating a `cond` inside `loss` instead was measured to be slower than none.
         return jax.lax.cond(used, add, skip, total)
 
     start = jax.tree.map(jnp.zeros_like, shared)

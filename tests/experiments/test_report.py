@@ -123,9 +123,10 @@ def test_arms_of_an_ablation_have_a_table_of_their_own(runs, tmp_path):
 def test_who_gains(runs, tmp_path):
     """A column for each run: by popularity of the target and by length of the history."""
     path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
+    data = json.loads(path.read_text().splitlines()[-1])["data"]
     with path.open("a") as file:
         for seed, score in ((0, 0.2), (1, 0.4)):
-            bucket = {"kind": "bucket", "seed": seed, "epoch": 2, "seconds": 9}
+            bucket = {"kind": "bucket", "seed": seed, "epoch": 2, "seconds": 9, "data": data}
             for by, low, high in (
                 ("popularity", 0, 0),
                 ("popularity", 1, 7),
