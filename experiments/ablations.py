@@ -126,6 +126,14 @@ def beta(make: Make) -> dict[str, Config]:
     }
 
 
+def every(make: Make) -> dict[str, Config]:
+    """How rarely psi may smooth: it then takes the sum of the updates since it last did."""
+    return {"adamw": make("adamw")} | {
+        f"every {steps}": make("sevo_adamw", smooth_every=steps)
+        for steps in (1, 4, 16, 64, 256)
+    }
+
+
 def users(make: Make) -> dict[str, Config]:
     """Few users to train on, where the graph should help most. Fewer users make an epoch
     shorter; there are more epochs in turn, so that all arms take about as many steps."""
@@ -155,6 +163,7 @@ ABLATIONS: dict[str, Callable[[Make], dict[str, Config]]] = {
         placement,
         loss,
         beta,
+        every,
         users,
         distillation,
     )

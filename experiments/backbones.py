@@ -233,6 +233,7 @@ def _steps(
         "method": config.method,
         "rescale": rescale,
         "isolated": config.isolated,
+        "every": config.smooth_every,
     }
     plain = {
         "adamw": lambda: optax.adamw(rate, weight_decay=decay, **adam),

@@ -65,6 +65,7 @@ class Config:
     beta: float = 0.99
     beta_ramp: bool = False  # the columns' strengths rise evenly from 0 to beta
     num_layers: int = 3
+    smooth_every: int = 1  # smooth in every so many steps; for the placement "update"
     smooth_start: float = 0.0  # the strength at which psi smooths the tables at the start
     method: Literal["neumann", "iterative", "exact"] = "neumann"
     rescale: bool = True
@@ -149,6 +150,13 @@ class Config:
             raise ValueError(
                 f'`placement` "{self.placement}" needs an optimizer with SEvo, got '
                 f"{self.optimizer!r}."
+            )
+        if self.smooth_every != 1 and (
+            not self.optimizer.startswith("sevo_") or self.placement != "update"
+        ):
+            raise ValueError(
+                '`smooth_every` needs an optimizer with SEvo and `placement` "update", got '
+                f"{self.optimizer!r} and {self.placement!r}."
             )
         if self.smooth_start and not self.optimizer.startswith("sevo_"):
             raise ValueError(

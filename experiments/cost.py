@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -67,10 +66,7 @@ def _backbones(arms: list[str], options: Ablate, console: Console) -> Finding:
     for model in arms:
         # LightGCN does in the network what SEvo does in training.
         names = OPTIMIZERS if model != "lightgcn" else OPTIMIZERS[:1]
-        configs = [
-            preset(model, options.preset or dataset.name, name, **options.given_to(name))
-            for name in names
-        ]
+        configs = _configs(model, options.preset or dataset.name, names, options)
         epochs, rankings = _seconds(configs, split, options.seeds[0])
         row = [model, *_pair(epochs), *_pair(rankings)]
         if known := TRAINING_SECONDS.get(model):
@@ -86,6 +82,10 @@ def _backbones(arms: list[str], options: Ablate, console: Console) -> Finding:
         "validation users, with and without SEvo in turns"
     )
     return Finding(title, head, rows)
+
+
+def _configs(model: str, data: str, optimizers: Sequence[str], options: Ablate) -> list[Config]:
+    return [preset(model, data, name, **options.given_to(name)) for name in optimizers]
 
 
 def _pair(seconds: Sequence[float]) -> list[str]:
@@ -148,9 +148,9 @@ def alternate(
 
 
 def _large(sizes: list[str], options: Ablate, console: Console) -> Finding:
-    rows, config = [], preset("sasrec", "amazon_beauty", "sevo_adamw", **options.given())
+    rows, configs = [], _configs("sasrec", "amazon_beauty", OPTIMIZERS, options)
     for name in sizes:
-        edges, (plain, sevo) = steps(LARGE[name], config)
+        edges, (plain, sevo) = steps(LARGE[name], configs)
         cells = [f"{LARGE[name].num_items:,}", f"{edges:,}", f"{plain:.0f}", f"{sevo:.0f}"]
         rows.append([name, *cells, f"{sevo / plain:.2f}"])
         console.print(f"{name}: {plain:.0f} and {sevo:.0f} ms/step")
@@ -159,16 +159,16 @@ def _large(sizes: list[str], options: Ablate, console: Console) -> Finding:
     return Finding(title, head, rows)
 
 
-def steps(size: Size, config: Config, users: int = 5120) -> tuple[int, list[float]]:
-    """Milliseconds of a training step with AdamW and with SEvo-AdamW.
+def steps(size: Size, configs: Sequence[Config], users: int = 5120) -> tuple[int, list[float]]:
+    """Milliseconds of a training step with each of the settings.
 
     Args:
       size: of the log that the graph is built of.
-      config: settings; the optimizer is replaced.
+      configs: settings, of the same batch size.
       users: of the log that are trained on, all in every round.
 
     Returns:
-      The number of directed edges, and the two times.
+      The number of directed edges, and the times.
     """
     values, row_splits = sequences(size)
     graph = item_graph((values + 1, row_splits), size.num_items + 1)  # a row for padding
@@ -176,11 +176,11 @@ def steps(size: Size, config: Config, users: int = 5120) -> tuple[int, list[floa
     some = row_splits[: users + 1]
     split = leave_one_out(Dataset("generated", values[: some[-1]], some, size.num_items))
     arms = []
-    for name in OPTIMIZERS:
-        one = replace(config, optimizer=name)
-        trainer = make_trainer(one, split, graph=adjacency if name == "sevo_adamw" else None)
+    for config in configs:
+        smoothed = config.optimizer.startswith("sevo_")
+        trainer = make_trainer(config, split, graph=adjacency if smoothed else None)
         arms.append(_Arm(trainer, 0))
-    per_epoch = -(-users // config.batch_size)
+    per_epoch = -(-users // configs[0].batch_size)
     seconds = alternate([arm.epoch for arm in arms], ROUNDS)
     return edges, [1000 * s / per_epoch for s in seconds]
 

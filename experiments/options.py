@@ -71,6 +71,8 @@ class Job:
     """Let the strength rise over the table's columns, from 0 to `beta`."""
     num_layers: int | None = None
     """How many hops the smoothing reaches, the paper's L."""
+    smooth_every: int | None = None
+    """Smooth in every so many steps only, the sum of their updates."""
     smooth_start: float | None = None
     """Also smooth the tables that training begins with, by this strength in [0, 1); for
     optimizers with SEvo."""
@@ -133,8 +135,8 @@ class Job:
         """The settings that were given, but for what only SEvo has where there is none."""
         known = self.given()
         if not optimizer.startswith("sevo_"):
-            known.pop("placement", None)
-            known.pop("smooth_start", None)
+            for name in ("placement", "smooth_every", "smooth_start"):
+                known.pop(name, None)
         return known
 
 

@@ -22,6 +22,7 @@ def sevo_adamw(
     method: Method = "neumann",
     rescale: bool | jax.Array = True,
     isolated: Isolated = "scale",
+    every: int = 1,
     correct_moments: bool = True,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -49,6 +50,7 @@ def sevo_adamw(
       method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients of the smoothing sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
+      every: smooth in every so many steps only, see :func:`sevo`.
       correct_moments: keep the moments of rows without a gradient; False for plain Adam's.
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -92,6 +94,7 @@ def sevo_adamw(
             method=method,
             rescale=rescale,
             isolated=isolated,
+            every=every,
         ),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
@@ -110,6 +113,7 @@ def sevo_adam(
     method: Method = "neumann",
     rescale: bool | jax.Array = True,
     isolated: Isolated = "scale",
+    every: int = 1,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
@@ -136,6 +140,7 @@ def sevo_adam(
       method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients of the smoothing sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
+      every: smooth in every so many steps only, see :func:`sevo`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the denominator, outside of the root.
@@ -177,6 +182,7 @@ def sevo_adam(
         method=method,
         rescale=rescale,
         isolated=isolated,
+        every=every,
     )
     step = optax.scale_by_learning_rate(learning_rate)
     return by_table(
@@ -194,6 +200,7 @@ def sevo_sgd(
     method: Method = "neumann",
     rescale: bool | jax.Array = True,
     isolated: Isolated = "scale",
+    every: int = 1,
     momentum: jax.typing.ArrayLike = 0.9,
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -218,6 +225,7 @@ def sevo_sgd(
       method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients of the smoothing sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
+      every: smooth in every so many steps only, see :func:`sevo`.
       momentum: decay of the momentum.
       nesterov: smooth :math:`G_t + \mu M_t` instead.
       weight_decay: strength of the L2 regularisation.
@@ -258,6 +266,7 @@ def sevo_sgd(
         method=method,
         rescale=rescale,
         isolated=isolated,
+        every=every,
     )
     step = optax.scale_by_learning_rate(learning_rate)
     return by_table(

@@ -1,6 +1,8 @@
 """SEvo as Optax gradient transformations: the smoother, and Adam for sparse rows."""
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +24,7 @@ def sevo(
     method: Method = "neumann",
     rescale: bool | jax.Array = True,
     isolated: Isolated = "scale",
+    every: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Smooth the updates of embedding tables along a graph; pass all others through.
 
@@ -49,6 +52,7 @@ def sevo(
       method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
+      every: smooth in every so many steps only, see the note below.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -70,6 +74,15 @@ def sevo(
       Objective function: 1.017
 
     .. note::
+      With `every` k > 1 the updates of k - 1 steps pass as they are, and the k-th is
+      :math:`\Delta E_k + \hat\psi(S) - S` where S is the sum of all k. As psi is linear, the
+      table has then moved by :math:`\hat\psi(S)`, as if psi had smoothed every update; only
+      gradients in between see the table before that. It divides psi's time by k and keeps one
+      more table, S. Adam after it would rescale that k-th update, so it is for a place after
+      the moments, such as in :func:`sevo_adamw`. Under `vmap` every step costs as much as the
+      k-th.
+
+    .. note::
       One row of NaN spreads to every row within L hops in this update. Only the row itself
       keeps it in Adam's moments. `optax.apply_if_finite` around the whole optimizer drops
       such a step before it changes parameters or state.
@@ -78,13 +91,16 @@ def sevo(
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
     """
     check_smoothing("sevo", beta, num_layers, method, isolated)
+    if not isinstance(every, int | np.integer) or every < 1:
+        raise ValueError(f"`sevo`: `every` must be a positive Python integer, got {every!r}.")
     prepared = normalized_adjacency(graph)
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        table_groups(params, tables, prepared.num_nodes)
-        if callable(beta):
-            return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
-        return optax.EmptyState()
+        groups = table_groups(params, tables, prepared.num_nodes)
+        count = jnp.zeros([], jnp.int32)
+        if every > 1:
+            return SmoothEveryState(count, _no_updates(params, groups))
+        return optax.ScaleByScheduleState(count) if callable(beta) else optax.EmptyState()
 
     def update_fn(
         updates: optax.Updates,
@@ -96,35 +112,76 @@ def sevo(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
         adjacency = prepared if graph is None else normalized_adjacency(graph)
-        if callable(beta):
-            strength = beta(state.count)
-            state = optax.ScaleByScheduleState(optax.safe_increment(state.count))
-        else:
-            strength = beta
-        leaves, treedef = jax.tree.flatten(updates)
-        for group in table_groups(updates, tables, adjacency.num_nodes):
-            stacked = _stack([leaves[i] for i in group])
+        strength = beta(state.count) if callable(beta) else beta
+
+        def psi(tables: list[jax.Array]) -> list[jax.Array]:
             smoothed = smooth(
                 adjacency,
-                stacked,
+                tables[0] if len(tables) == 1 else jnp.concatenate(tables),
                 beta=strength,
                 num_layers=num_layers,
                 method=method,
                 rescale=rescale,
                 isolated=isolated,
             )
-            start = 0
-            for i in group:
-                stop = start + len(leaves[i])
-                leaves[i] = smoothed[start:stop].astype(leaves[i].dtype)
-                start = stop
+            parts = jnp.split(smoothed, np.cumsum([len(x) for x in tables[:-1]]))
+            return [part.astype(x.dtype) for part, x in zip(parts, tables, strict=True)]
+
+        groups = table_groups(updates, tables, adjacency.num_nodes)
+        if every > 1:
+            return _smooth_every(every, psi, groups, updates, state)
+        leaves, treedef = jax.tree.flatten(updates)
+        for group in groups:
+            for i, smoothed in zip(group, psi([leaves[i] for i in group]), strict=True):
+                leaves[i] = smoothed
+        if callable(beta):
+            state = optax.ScaleByScheduleState(optax.safe_increment(state.count))
         return treedef.unflatten(leaves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _stack(tables: list[jax.Array]) -> jax.Array:
-    return tables[0] if len(tables) == 1 else jnp.concatenate(tables)
+class SmoothEveryState(NamedTuple):
+    """State of :func:`sevo` that does not smooth in every step."""
+
+    count: jax.Array  # shape=(), dtype=int32
+    unsmoothed: optax.Updates  # sums since it last did, of tables alone, at least float32
+
+
+def _no_updates(params: optax.Params, groups: list[list[int]]) -> optax.Updates:
+    leaves, treedef = jax.tree.flatten(params)
+    chosen = set(itertools.chain(*groups))
+    return treedef.unflatten(
+        _zeros(p) if i in chosen else optax.MaskedNode() for i, p in enumerate(leaves)
+    )
+
+
+def _smooth_every(
+    every: int,
+    psi: Callable[[list[jax.Array]], list[jax.Array]],
+    groups: list[list[int]],
+    updates: optax.Updates,
+    state: SmoothEveryState,
+) -> tuple[optax.Updates, SmoothEveryState]:
+    count = jnp.asarray(optax.safe_increment(state.count))
+    leaves, treedef = jax.tree.flatten(updates)
+    sums = treedef.flatten_up_to(state.unsmoothed)
+
+    def smoothed(new: list[jax.Array], old: list[jax.Array]) -> Any:
+        total = [u + s for u, s in zip(new, old, strict=True)]
+        moves = [(y - s).astype(u.dtype) for y, s, u in zip(psi(total), old, new, strict=True)]
+        return moves, [jnp.zeros_like(s) for s in old]
+
+    def passed(new: list[jax.Array], old: list[jax.Array]) -> Any:
+        return new, [u + s for u, s in zip(new, old, strict=True)]
+
+    for group in groups:
+        operands = [leaves[i] for i in group], [sums[i] for i in group]
+        results = jax.lax.cond(count % every == 0, smoothed, passed, *operands)
+        for i, update, rest in zip(group, *results, strict=True):
+            leaves[i], sums[i] = update, rest
+    state = SmoothEveryState(count, treedef.unflatten(sums))
+    return treedef.unflatten(leaves), state
 
 
 class ScaleByCorrectedAdamState(NamedTuple):
@@ -170,14 +227,10 @@ def scale_by_corrected_adam(
     """
 
     def init_fn(params: optax.Params) -> ScaleByCorrectedAdamState:
-        # In bfloat16 a mean with a step of 1 - 0.999 would stand still: its rounding is wider.
-        def zeros(p: jax.Array) -> jax.Array:
-            return jnp.zeros(p.shape, jnp.float32 if p.dtype.itemsize < 4 else p.dtype)
-
         return ScaleByCorrectedAdamState(
             count=jnp.zeros([], jnp.int32),
-            mu=jax.tree.map(zeros, params),
-            nu=jax.tree.map(zeros, params),
+            mu=jax.tree.map(_zeros, params),
+            nu=jax.tree.map(_zeros, params),
         )
 
     def update_fn(
@@ -211,6 +264,11 @@ def scale_by_corrected_adam(
         return updates, ScaleByCorrectedAdamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _zeros(p: jax.Array) -> jax.Array:
+    # In bfloat16 a mean with a step of 1 - 0.999 would stand still: its rounding is wider.
+    return jnp.zeros(p.shape, jnp.float32 if p.dtype.itemsize < 4 else p.dtype)
 
 
 def _mean_step(decay: Any, count: jax.typing.ArrayLike) -> jax.Array:

@@ -42,7 +42,9 @@ OTHERS = {
     "bsarec": replace(SASREC, model="bsarec", attention_dropout_rate=0.5, smooth_start=0.9),
     "lightgcn": replace(MF, model="lightgcn"),
     "cross entropy": replace(SASREC, loss="cross_entropy", cosine_scale=20.0),
-    "sampled soft-max": replace(SASREC, loss="sampled_softmax", num_negatives=16),
+    "sampled soft-max": replace(
+        SASREC, loss="sampled_softmax", num_negatives=16, smooth_every=2
+    ),
     "attributes": replace(SASREC, graph="attributes"),
 }
 

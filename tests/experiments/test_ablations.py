@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -234,6 +235,27 @@ def test_smoothing_both_gradient_and_update_by_column():
     single = smooth(graph, jnp.sign(smoothed), beta=jnp.array([0, 0.9]))  # Adam's first step
     decayed = single + config.weight_decay * tree["item_embedding"]
     assert_same_tree(actual, {"item_embedding": -config.learning_rate * decayed}, 1e-8)
+
+
+@pytest.mark.parametrize("optimizer", ["sevo_adamw", "sevo_adam", "sevo_sgd"])
+def test_smoothing_every_second_step(optimizer):
+    """The first step is that of beta 0, and both together those of two smoothed ones."""
+    graph = item_graph([[0, 1, 2, 3]], 4)
+    gradients = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 2)), jnp.float32)
+    tree = {"item_embedding": jnp.zeros((4, 2))}
+    config = replace(TINY, optimizer=optimizer, beta=0.9, weight_decay=0.0)
+
+    def steps(**settings):
+        solver = make_optimizer(replace(config, **settings), graph)
+        state, moves = solver.init(tree), []
+        for gradient in gradients:
+            updates, state = solver.update({"item_embedding": gradient}, state, tree)
+            moves += jax.tree.leaves(updates)
+        return np.array(moves)
+
+    every, plain, smoothed = steps(smooth_every=2), steps(beta=0.0), steps()
+    np.testing.assert_allclose(every[0], plain[0], rtol=1e-6)
+    np.testing.assert_allclose(every.sum(axis=0), smoothed.sum(axis=0), rtol=0, atol=1e-8)
 
 
 def test_the_command(tmp_path, capsys):

@@ -348,6 +348,10 @@ def test_config_rejects_what_it_does_not_know():
         ValueError, match="`smooth_start` needs an optimizer with SEvo, got 'ad"
     ):
         Config(optimizer="adam", smooth_start=0.5)
+    with pytest.raises(ValueError, match="`smooth_every` needs .* got 'adamw' and 'update'"):
+        Config(optimizer="adamw", smooth_every=4)
+    with pytest.raises(ValueError, match="`smooth_every` needs .* and 'gradient'"):
+        Config(placement="gradient", smooth_every=4)
     with pytest.raises(ValueError, match=r"`smooth_start` must be in \[0, 1\), got 1"):
         Config(smooth_start=1.0)
     with pytest.raises(ValueError, match='`touched` "batch" is for the moments'):

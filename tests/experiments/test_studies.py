@@ -153,8 +153,9 @@ def test_a_large_catalogue_is_generated_with_its_edges(monkeypatch):
     assert len(row_splits) == 3001 and values.min() >= 0 and values.max() < 2000
     counts = np.sort(np.bincount(values, minlength=2000))[::-1]
     assert counts[:200].sum() > 2 * counts[200:400].sum()  # a long tail
-    config = Config(dim=4, num_blocks=1, max_length=10)
-    edges, milliseconds = cost.steps(size, config, users=512)
+    config = Config(dim=4, num_blocks=1, max_length=10, smooth_every=2)
+    configs = [replace(config, optimizer="adamw", smooth_every=1), config]
+    edges, milliseconds = cost.steps(size, configs, users=512)
     rows = values.reshape(3000, cost.LENGTH)
     pairs = {(a, b) for row in rows for a, b in itertools.pairwise(row)}
     assert edges == len(pairs | {(b, a) for a, b in pairs}) and min(milliseconds) > 0

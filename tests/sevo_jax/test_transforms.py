@@ -4,6 +4,8 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 # pyright: reportCallIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import optax
 import pytest
 
 import sevo_jax
+from sevo_jax import transforms
 from tests.helpers import dense, random_graph, reference_adamw, reference_normalized
 
 SETTINGS = dict(lr=0.01, beta=0.9, num_layers=3, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.1)
@@ -214,6 +217,58 @@ def test_schedule_for_beta():
     assert state.count == 5
 
 
+@pytest.mark.parametrize("tables", ["item|user", ("user", "item")])
+def test_every_third_step_smooths_the_sum_of_three(x64, tables):
+    """Then the table has moved by psi of all updates; between, by the updates as they are."""
+    stacked = isinstance(tables, tuple)
+    graph = random_graph(num_nodes=20 if stacked else 10)
+
+    def schedule(count):
+        return jnp.where(count < 4, 0.5, 0.9)
+
+    solver = sevo_jax.sevo(graph, tables=tables, beta=schedule, every=3)
+    rng = np.random.default_rng(0)
+    shapes = {"bias": (3,), "item": (10, 2), "user": (10, 2)}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    state, update = solver.init(params), jax.jit(solver.update)
+    none = jax.tree.map(jnp.zeros_like, params)
+    moved = since = none
+    for count in range(7):
+        new = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+        out, state = update(new, state)
+        moved = jax.tree.map(jnp.add, moved, out)
+        since = jax.tree.map(jnp.add, since, new)
+        if (count + 1) % 3:
+            jax.tree.map(np.testing.assert_array_equal, out, new)
+            continue
+        np.testing.assert_array_equal(out["bias"], new["bias"])
+        psi = functools.partial(sevo_jax.smooth, graph, beta=schedule(count))
+        if stacked:
+            both = psi(jnp.concatenate([since["user"], since["item"]]))
+            expected = {"user": both[:10], "item": both[10:]}
+        else:
+            expected = {name: psi(since[name]) for name in ("user", "item")}
+        for name, table in expected.items():
+            np.testing.assert_allclose(moved[name], table, rtol=0, atol=1e-12)
+        moved = since = none
+    assert state.count == 7
+
+
+def test_steps_between_do_not_compute_psi(monkeypatch):
+    calls = []
+
+    def counted(*args, **kwargs):
+        jax.debug.callback(lambda: calls.append(1))
+        return sevo_jax.smooth(*args, **kwargs)
+
+    monkeypatch.setattr(transforms, "smooth", counted)
+    _run(
+        _sevo_adamw(random_graph(), every=4), jnp.asarray(_sparse_grads(9)), jnp.zeros((20, 3))
+    )
+    jax.effects_barrier()
+    assert len(calls) == 2
+
+
 def test_overriding_graph_is_no_constant_of_the_program():
     first, second = (random_graph(seed) for seed in (0, 1))
     prepared = [sevo_jax.normalized_adjacency(g, capacity=400) for g in (first, second)]
@@ -277,6 +332,8 @@ class TestNaN:
         ({"num_layers": -2}, "`sevo`: `num_layers` .* got -2"),
         ({"method": "mean"}, "`sevo`: unknown `method` 'mean', valid are"),
         ({"isolated": "drop"}, "`sevo`: unknown `isolated` 'drop'"),
+        ({"every": 0}, "`sevo`: `every` must be a positive Python integer, got 0"),
+        ({"every": 2.0}, "`sevo`: `every` must be a positive Python integer, got 2.0"),
     ],
 )
 @pytest.mark.parametrize(
