@@ -185,13 +185,22 @@ def _where_seed(condition: jax.Array, new: Params, old: Params) -> Params:
 def over_seeds() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """How a function of one seed becomes a function of S, by the backend.
 
-    An accelerator trains all seeds at once, as a batch (`vmap`). On a CPU one seed alone keeps
-    the cores busy, and batched products, gathers and scatters run slower than plain ones: one,
-    two and four seeds took 1.5, 1.7 and 1.2 times as long as one after the other (`lax.map`).
+    An accelerator trains several seeds at once, as a batch (`vmap`), which computes both
+    branches of every `cond`. On a CPU one seed alone keeps the cores busy, and batched
+    products, gathers and scatters run slower than plain ones: one, two and four seeds took 1.5,
+    1.7 and 1.2 times as long as one after the other (`lax.map`).
     """
-    if jax.default_backend() != "cpu":
-        return jax.vmap
-    return lambda function: lambda seeded: jax.lax.map(function, seeded)
+    in_turn = jax.default_backend() == "cpu"
+
+    def over(function: Callable[..., Any]) -> Callable[..., Any]:
+        def of_all(seeded: Any) -> Any:
+            if in_turn or len(jax.tree.leaves(seeded)[0]) == 1:
+                return jax.lax.map(function, seeded)
+            return jax.vmap(function)(seeded)
+
+        return of_all
+
+    return over
 
 
 def round_up(number: int, multiple: int) -> int:

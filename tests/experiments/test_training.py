@@ -19,7 +19,7 @@ from experiments.objectives import NextItem
 from experiments.ranking import collect, ranking_data
 from experiments.run import make_trainer
 from experiments.synthetic import synthetic
-from experiments.training import Trainer, TrainState
+from experiments.training import Trainer, TrainState, over_seeds
 from models import GRU4Rec, SASRec
 from sevo_jax import item_graph, normalized_adjacency, sevo_adamw
 from tests.helpers import dense, reference_normalized, reference_smooth
@@ -180,6 +180,22 @@ def test_the_same_seed_gives_the_same_bits(trainer):
     (first, losses), (again, _) = train(trainer), train(trainer)
     jax.tree.map(np.testing.assert_array_equal, first._replace(key=0), again._replace(key=0))
     assert losses[0, 0] != losses[0, 1]  # the other seed is another run
+
+
+@pytest.mark.parametrize(
+    ("backend", "num_seeds", "skips"),
+    [("cpu", 1, True), ("cpu", 2, True), ("gpu", 1, True), ("gpu", 2, False)],
+)
+def test_what_a_branch_skips_is_skipped(backend, num_seeds, skips, monkeypatch):
+    """But where seeds are a batch: all of them would have to skip it together."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+    def maybe(seed):
+        return jax.lax.cond(seed > 1, jnp.sin, jnp.cos, seed)
+
+    program = jax.make_jaxpr(over_seeds()(maybe))(jnp.ones(num_seeds))
+    assert (" cond[" in str(program)) == skips
+    np.testing.assert_allclose(over_seeds()(maybe)(jnp.arange(3.0)), [1, np.cos(1), np.sin(2)])
 
 
 @pytest.mark.parametrize("model", ["sasrec", "bert4rec", "mf"])
