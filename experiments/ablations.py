@@ -130,7 +130,7 @@ def every(make: Make) -> dict[str, Config]:
     """How rarely psi may smooth: it then takes the sum of the updates since it last did."""
     return {"adamw": make("adamw")} | {
         f"every {steps}": make("sevo_adamw", smooth_every=steps)
-        for steps in (1, 4, 16, 64, 256)
+        for steps in (1, 4, 16, 64, 256, 1024)
     }
 
 
