@@ -79,8 +79,7 @@ def sevo(
       table has then moved by :math:`\hat\psi(S)`, as if psi had smoothed every update; only
       gradients in between see the table before that. It divides psi's time by k and keeps one
       more table, S. Adam after it would rescale that k-th update, so it is for a place after
-      the moments, such as in :func:`sevo_adamw`. Under `vmap` every step costs as much as the
-      k-th.
+      the moments, such as in :func:`sevo_adamw`.
 
     .. note::
       One row of NaN spreads to every row within L hops in this update. Only the row itself
@@ -164,22 +163,23 @@ def _smooth_every(
     state: SmoothEveryState,
 ) -> tuple[optax.Updates, SmoothEveryState]:
     count = jnp.asarray(optax.safe_increment(state.count))
+    due = (count % every == 0).astype(jnp.int32)
     leaves, treedef = jax.tree.flatten(updates)
     sums = treedef.flatten_up_to(state.unsmoothed)
 
-    def smoothed(new: list[jax.Array], old: list[jax.Array]) -> Any:
-        total = [u + s for u, s in zip(new, old, strict=True)]
-        moves = [(y - s).astype(u.dtype) for y, s, u in zip(psi(total), old, new, strict=True)]
-        return moves, [jnp.zeros_like(s) for s in old]
-
-    def passed(new: list[jax.Array], old: list[jax.Array]) -> Any:
-        return new, [u + s for u, s in zip(new, old, strict=True)]
+    def smoothed(_: Any, carry: Any) -> Any:
+        new, totals = carry
+        both = zip(new, psi(totals), totals, strict=True)
+        new = [(u + (y - t)).astype(u.dtype) for u, y, t in both]
+        return new, jax.tree.map(jnp.zeros_like, totals)
 
     for group in groups:
-        operands = [leaves[i] for i in group], [sums[i] for i in group]
-        results = jax.lax.cond(count % every == 0, smoothed, passed, *operands)
-        for i, update, rest in zip(group, *results, strict=True):
-            leaves[i], sums[i] = update, rest
+        carry = [leaves[i] for i in group], [leaves[i] + sums[i] for i in group]
+        # A loop of one turn or none: `vmap` would take both branches of a `cond`, and XLA
+        # would copy what passes through it.
+        new, totals = jax.lax.fori_loop(0, due, smoothed, carry)
+        for i, u, t in zip(group, new, totals, strict=True):
+            leaves[i], sums[i] = u, t
     state = SmoothEveryState(count, treedef.unflatten(sums))
     return treedef.unflatten(leaves), state
 

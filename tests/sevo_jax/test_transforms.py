@@ -254,7 +254,9 @@ def test_every_third_step_smooths_the_sum_of_three(x64, tables):
     assert state.count == 7
 
 
-def test_steps_between_do_not_compute_psi(monkeypatch):
+@pytest.mark.parametrize("num_seeds", [0, 3])
+def test_steps_between_do_not_compute_psi(monkeypatch, num_seeds):
+    """Nor do they under `vmap`, as all seeds are in the same step."""
     calls = []
 
     def counted(*args, **kwargs):
@@ -262,11 +264,16 @@ def test_steps_between_do_not_compute_psi(monkeypatch):
         return sevo_jax.smooth(*args, **kwargs)
 
     monkeypatch.setattr(transforms, "smooth", counted)
-    _run(
-        _sevo_adamw(random_graph(), every=4), jnp.asarray(_sparse_grads(9)), jnp.zeros((20, 3))
-    )
+    solver, table = _sevo_adamw(random_graph(), every=4), jnp.zeros((20, 3))
+    init, update = solver.init, solver.update
+    if num_seeds:
+        table = jnp.zeros((num_seeds, 20, 3))
+        init, update = jax.vmap(init), jax.vmap(update, (None, 0, 0))
+    state, update = init(table), jax.jit(update)
+    for grad in jnp.asarray(_sparse_grads(9)):
+        _, state = update(grad, state, table)
     jax.effects_barrier()
-    assert len(calls) == 2
+    assert len(calls) == 2, calls
 
 
 def test_overriding_graph_is_no_constant_of_the_program():
