@@ -22,7 +22,7 @@ def sevo_adamw(
     method: Method = "neumann",
     rescale: bool | jax.Array = True,
     isolated: Isolated = "scale",
-    every: int = 1,
+    every: int | None = None,
     correct_moments: bool = True,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -50,7 +50,7 @@ def sevo_adamw(
       method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients of the smoothing sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
-      every: smooth in every so many steps only, see :func:`sevo`.
+      every: smooth in every so many steps only, see :func:`sevo`; None for each.
       correct_moments: keep the moments of rows without a gradient; False for plain Adam's.
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -113,7 +113,7 @@ def sevo_adam(
     method: Method = "neumann",
     rescale: bool | jax.Array = True,
     isolated: Isolated = "scale",
-    every: int = 1,
+    every: int | None = None,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
@@ -140,7 +140,7 @@ def sevo_adam(
       method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients of the smoothing sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
-      every: smooth in every so many steps only, see :func:`sevo`.
+      every: smooth in every so many steps only, see :func:`sevo`; None for each.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the denominator, outside of the root.
@@ -200,7 +200,7 @@ def sevo_sgd(
     method: Method = "neumann",
     rescale: bool | jax.Array = True,
     isolated: Isolated = "scale",
-    every: int = 1,
+    every: int | None = None,
     momentum: jax.typing.ArrayLike = 0.9,
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -225,7 +225,7 @@ def sevo_sgd(
       method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients of the smoothing sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
-      every: smooth in every so many steps only, see :func:`sevo`.
+      every: smooth in every so many steps only, see :func:`sevo`; None for each.
       momentum: decay of the momentum.
       nesterov: smooth :math:`G_t + \mu M_t` instead.
       weight_decay: strength of the L2 regularisation.

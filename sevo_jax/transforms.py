@@ -24,7 +24,7 @@ def sevo(
     method: Method = "neumann",
     rescale: bool | jax.Array = True,
     isolated: Isolated = "scale",
-    every: int = 1,
+    every: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Smooth the updates of embedding tables along a graph; pass all others through.
 
@@ -52,7 +52,7 @@ def sevo(
       method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
-      every: smooth in every so many steps only, see the note below.
+      every: smooth in every so many steps only, see the note below; None for each step.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -90,8 +90,13 @@ def sevo(
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
     """
     check_smoothing("sevo", beta, num_layers, method, isolated)
+    # Not 1 by default: `inject_hyperparams` would make a traced number of that.
+    every = 1 if every is None else every
     if not isinstance(every, int | np.integer) or every < 1:
-        raise ValueError(f"`sevo`: `every` must be a positive Python integer, got {every!r}.")
+        raise ValueError(
+            f"`sevo`: `every` must be a positive Python integer, got {every!r}. Under "
+            "`inject_hyperparams` make it static: `static_args=('num_layers', 'every')`."
+        )
     prepared = normalized_adjacency(graph)
 
     def init_fn(params: optax.Params) -> optax.OptState:

@@ -208,6 +208,8 @@ def test_inject_hyperparams(name):
     jax.jit(raw.update)(_params(), jax.jit(raw.init)(_params()), _params())
     with pytest.raises(ValueError, match="static_args=\\('num_layers',\\)"):
         optax.inject_hyperparams(factory)(0.1, GRAPH).init(_params())
+    with pytest.raises(ValueError, match="static_args=\\('num_layers', 'every'\\)"):
+        inject(0.1, GRAPH, every=2).init(_params())
 
 
 @each_alias
