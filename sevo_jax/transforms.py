@@ -79,7 +79,7 @@ def sevo(
       table has then moved by :math:`\hat\psi(S)`, as if psi had smoothed every update; only
       gradients in between see the table before that. It divides psi's time by k and keeps one
       more table, S. Adam after it would rescale that k-th update, so it is for a place after
-      the moments, such as in :func:`sevo_adamw`.
+      the moments, such as in :func:`sevo_adamw`. Under `jit` it has no reverse-mode derivative.
 
     .. note::
       One row of NaN spreads to every row within L hops in this update. Only the row itself
@@ -272,7 +272,8 @@ def scale_by_corrected_adam(
 
 
 def _zeros(p: jax.Array) -> jax.Array:
-    # In bfloat16 a mean with a step of 1 - 0.999 would stand still: its rounding is wider.
+    # In bfloat16 a mean with a step of 1 - 0.999 would stand still, and so would a long sum:
+    # its rounding is wider.
     return jnp.zeros(p.shape, jnp.float32 if p.dtype.itemsize < 4 else p.dtype)
 
 

@@ -254,6 +254,16 @@ def test_every_third_step_smooths_the_sum_of_three(x64, tables):
     assert state.count == 7
 
 
+def test_sums_of_half_precision_grow():
+    table = jnp.ones((20, 2), jnp.bfloat16)
+    solver = sevo_jax.sevo(random_graph(), every=100)
+    _, state = solver.update(256 * table, solver.init(table))
+    for _ in range(8):  # 256 + 1 is 256 in bfloat16
+        updates, state = solver.update(table, state)
+    assert updates.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(state.unsmoothed, 264.0)
+
+
 @pytest.mark.parametrize("num_seeds", [0, 3])
 def test_steps_between_do_not_compute_psi(monkeypatch, num_seeds):
     """Nor do they under `vmap`, as all seeds are in the same step."""
