@@ -30,7 +30,7 @@ def table_groups(params: Any, tables: Tables, num_nodes: int) -> list[list[int]]
                 f"Parameters:\n{_listing(paths, leaves)}"
             )
     elif isinstance(tables, str):
-        groups = [[i] for i, path in enumerate(paths) if re.search(tables, path)]
+        groups = [[i] for i in _matching(tables, paths)]
     elif isinstance(tables, tuple) and tables and all(isinstance(t, str) for t in tables):
         groups = [[_only(pattern, paths, leaves) for pattern in tables]]
         if len(set(groups[0])) < len(groups[0]):
@@ -76,8 +76,17 @@ def _name(entry: Any) -> Any:
     return entry
 
 
+def _matching(pattern: str, paths: list[str]) -> list[int]:
+    try:
+        return [i for i, path in enumerate(paths) if re.search(pattern, path)]
+    except re.error as error:
+        raise ValueError(
+            f"`tables` takes regular expressions, and {pattern!r} is none: {error}."
+        ) from None
+
+
 def _only(pattern: str, paths: list[str], leaves: list[Any]) -> int:
-    found = [i for i, path in enumerate(paths) if re.search(pattern, path)]
+    found = _matching(pattern, paths)
     if len(found) != 1:
         raise ValueError(
             f"Each of a tuple of `tables` names one parameter, but {len(found)} match "

@@ -79,6 +79,7 @@ def test_a_tree_without_leaves_passes():
         (("embedding",), ValueError, "Each of a tuple .* but 2 match 'embedding'"),
         (("item", "user"), ValueError, "Each of a tuple .* but 0 match 'user'"),
         (("item", "kernel"), ValueError, r"20 nodes, but .*\(20, 4\), .*kernel \(4, 4\)"),
+        ("item[", ValueError, r"regular expressions, and .item\[. is none: unterminated"),
         (7, TypeError, "takes a path pattern, .* but got 7"),
         ({"item_embedding": 1}, TypeError, "tree of bools"),
         ({"item": True}, ValueError, "no prefix of the parameter tree"),
