@@ -1,17 +1,31 @@
 """SEvo, Structure-aware Embedding Evolution (NeurIPS 2024), for JAX and Optax."""
 
+from sevo_jax import sharding
 from sevo_jax.adjacency import normalized_adjacency
-from sevo_jax.graph import attribute_graph, bipartite_graph, item_graph, knn_graph
+from sevo_jax.graph import (
+    attribute_graph,
+    bipartite_graph,
+    edge_graph,
+    item_graph,
+    knn_graph,
+)
 from sevo_jax.optimizers import sevo_adam, sevo_adamw, sevo_sgd
 from sevo_jax.smoothing import smooth, smoothness
-from sevo_jax.transforms import ScaleByCorrectedAdamState, scale_by_corrected_adam, sevo
+from sevo_jax.transforms import (
+    ScaleByCorrectedAdamState,
+    SmoothEveryState,
+    scale_by_corrected_adam,
+    sevo,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ScaleByCorrectedAdamState",
+    "SmoothEveryState",
     "attribute_graph",
     "bipartite_graph",
+    "edge_graph",
     "item_graph",
     "knn_graph",
     "normalized_adjacency",
@@ -20,6 +34,7 @@ __all__ = [
     "sevo_adam",
     "sevo_adamw",
     "sevo_sgd",
+    "sharding",
     "smooth",
     "smoothness",
 ]

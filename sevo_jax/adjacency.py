@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sevo_jax import native
+from sevo_jax.ids import check_count
 from sevo_jax.layouts import Adjacency, Dense, Edges, Rows
 from sevo_jax.padded import Padded
 
@@ -37,16 +38,18 @@ def normalized_adjacency(
     Here :math:`D = \mathrm{diag}(d_i)` with :math:`d_i = \sum_j w_{ij}`; rows of degree zero
     stay zero. No self-loops are added. The result is a pytree of arrays: pass it to jitted
     functions as an argument and they serve every graph of equal capacity without compiling
-    again. Derivatives take it for a constant.
+    again.
 
     Args:
       graph: a graph of non-negative symmetric weights, both directions stored, with
-        concrete arrays. A prepared adjacency is returned as it is.
+        concrete arrays. A prepared adjacency is returned as it is, and takes no options.
       layout: `"edges"` (segment sums), `"rows"` (compressed rows), `"dense"`, `"padded"`
         (gathers and sums in a fixed order, without atomics on a GPU), `"compiled"` (rows
         with a product in C++, for CPUs, once `python -m sevo_jax.compile` has built it), or
         `"auto"`, which takes `"compiled"` on a CPU if it is built and `"rows"` if not, and
-        `"edges"` elsewhere.
+        `"edges"` elsewhere. Programs with the two CPU layouts cannot be exported by
+        `jax.export`, and need `check_vma=False` in a `shard_map` of your own that splits the
+        table's columns.
       capacity: pad to this number of edges, which then cost time but change nothing.
       messages: `"bfloat16"` lets the rows of a float32 table travel along edges in half
         precision, which halves the memory traffic. Sums stay in float32; psi is then off by
@@ -66,6 +69,12 @@ def normalized_adjacency(
        [0.408 0.667 0.   ]]
     """
     if isinstance(graph, Adjacency):
+        if (layout, capacity, messages) != ("auto", None, None):
+            raise ValueError(
+                "`normalized_adjacency` cannot change a prepared adjacency, but got `layout` "
+                f"{layout!r}, `capacity` {capacity} and `messages` {messages!r} with one. "
+                "Prepare the graph itself with them."
+            )
         return graph
     if not isinstance(graph, jraph.GraphsTuple):
         raise TypeError(
@@ -133,7 +142,11 @@ def _edges(graph: jraph.GraphsTuple) -> tuple[np.ndarray, np.ndarray, np.ndarray
             "`normalized_adjacency` prepares a graph of concrete arrays, but got a traced one. "
             "Call it outside of `jit` and pass the adjacency that it returns."
         )
-    num_nodes = int(np.sum(graph.n_node))
+    num_nodes = 0 if graph.n_node is None else int(np.sum(graph.n_node))
+    if num_nodes < 1:
+        raise ValueError(
+            f"`normalized_adjacency` takes a graph with nodes, but `n_node` is {graph.n_node}."
+        )
     receivers, senders = np.asarray(graph.receivers), np.asarray(graph.senders)
     weights = np.asarray(graph.edges)
     if not receivers.shape == senders.shape == weights.shape == (weights.size,):
@@ -149,6 +162,8 @@ def _edges(graph: jraph.GraphsTuple) -> tuple[np.ndarray, np.ndarray, np.ndarray
                 f"`normalized_adjacency`: `{name}` reach from {ids.min()} to {ids.max()}, but "
                 f"the graph has {num_nodes} nodes."
             )
+    if weights.dtype.kind not in "biuf" and weights.dtype != jnp.bfloat16:
+        raise TypeError(f"`normalized_adjacency`: the weights, `edges`, are {weights.dtype}.")
     weights = weights.astype(np.float64)
     _check_weights(receivers, senders, weights, num_nodes)
     return receivers.astype(np.int32), senders.astype(np.int32), weights, num_nodes
@@ -185,6 +200,8 @@ def _pad(
     capacity: int | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Zero-weight loops on the last node, where a NaN of another row cannot get in."""
+    if capacity is not None:
+        check_count("normalized_adjacency", "capacity", capacity)
     padding = 0 if capacity is None else capacity - len(weights)
     if padding < 0:
         raise ValueError(

@@ -1,6 +1,8 @@
 """Builds the compiled product of `sevo_jax.native`: `python -m sevo_jax.compile`."""
 
+import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -42,7 +44,7 @@ def compile_library() -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         command = [
-            compiler,
+            *shlex.split(compiler),  # as in CXX="ccache g++"
             *_FLAGS,
             f"-I{jax.ffi.include_dir()}",
             str(SOURCE),
@@ -60,4 +62,9 @@ def compile_library() -> Path:
 
 
 if __name__ == "__main__":
-    print(compile_library())
+    parser = argparse.ArgumentParser(description=compile_library.__doc__.split("\n")[0])
+    parser.parse_args()
+    try:
+        print(compile_library())
+    except (OSError, RuntimeError) as error:
+        parser.exit(1, f"{error}\n")

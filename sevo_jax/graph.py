@@ -13,7 +13,7 @@ import jraph
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sevo_jax.ids import Ragged, check_choice, check_ids, check_positive, ragged
+from sevo_jax.ids import Ragged, check_choice, check_count, check_ids, check_positive, ragged
 
 _BLOCK = 1 << 22  # values, pairs or keys in flight at a time: bounds the working memory
 
@@ -67,6 +67,7 @@ def item_graph(
     """
     check_choice("item_graph", "weighting", weighting, ("inverse_distance", "count"))
     check_choice("item_graph", "keep", keep, ("last", "first"))
+    check_count("item_graph", "num_nodes", num_nodes)
     check_positive("item_graph", "max_distance", max_distance)
     if window is not None:
         check_positive("item_graph", "window", window)
@@ -91,6 +92,60 @@ def item_graph(
     return _mirrored(*_added(keys, weights), num_nodes)
 
 
+def edge_graph(
+    senders: ArrayLike, receivers: ArrayLike, num_nodes: int, weights: ArrayLike | None = None
+) -> jraph.GraphsTuple:
+    """Graph of given edges, such as products that are bought together.
+
+    Direction does not count: the weight of two nodes is the sum over all edges between them,
+    in either direction. So a symmetric matrix with entries in both halves gives twice itself,
+    of which the normalised adjacency is the same.
+
+    Args:
+      senders: node ids `[num_edges]`.
+      receivers: node ids `[num_edges]`.
+      num_nodes: rows of the embedding table.
+      weights: finite and non-negative `[num_edges]`, 1 each by default. Pairs whose weights
+        add up to 0 make no edge.
+
+    Returns:
+      A graph with `edges` float32 `[num_edges]`, `senders` and `receivers` int32.
+
+    Examples:
+      A SciPy matrix has them as `matrix.tocoo()`'s `row`, `col` and `data`.
+
+      >>> graph = edge_graph([0, 1, 1], [1, 0, 2], num_nodes=3, weights=[1.0, 2.0, 0.5])
+      >>> for edge in zip(graph.receivers, graph.senders, graph.edges):
+      ...   print(*edge)
+      0 1 3.0
+      1 0 3.0
+      1 2 0.5
+      2 1 0.5
+    """
+    check_count("edge_graph", "num_nodes", num_nodes)
+    ends = {"senders": np.asarray(senders), "receivers": np.asarray(receivers)}
+    for name, ids in ends.items():
+        check_ids("edge_graph", name, ids, num_nodes, "num_nodes")
+    left, right = ends.values()
+    weight = np.ones(len(left)) if weights is None else np.asarray(weights, np.float64)
+    if not left.shape == right.shape == weight.shape:
+        raise ValueError(
+            "`edge_graph` takes `senders`, `receivers` and `weights` of one shape [num_edges], "
+            f"but got {left.shape}, {right.shape} and {weight.shape}."
+        )
+    if not np.isfinite(weight).all() or (weight < 0).any():
+        bad = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))[0]
+        raise ValueError(
+            "`edge_graph` takes finite, non-negative `weights`, but entry "
+            f"{bad} is {weight[bad]}."
+        )
+    left, right = left.astype(np.int64), right.astype(np.int64)
+    keys = np.minimum(left, right) * num_nodes + np.maximum(left, right)
+    keys, pair = np.unique(keys, return_inverse=True)
+    weight = np.bincount(pair, weight, minlength=len(keys))
+    return _mirrored(keys[weight > 0], weight[weight > 0], num_nodes)
+
+
 def bipartite_graph(
     users: ArrayLike, items: ArrayLike, num_users: int, num_items: int
 ) -> jraph.GraphsTuple:
@@ -113,6 +168,8 @@ def bipartite_graph(
       >>> print(graph.receivers, graph.senders)
       [0 0 1 2 3 3] [2 3 3 0 0 1]
     """
+    check_count("bipartite_graph", "num_users", num_users)
+    check_count("bipartite_graph", "num_items", num_items)
     users, items = np.asarray(users), np.asarray(items)
     check_ids("bipartite_graph", "users", users, num_users, "num_users")
     check_ids("bipartite_graph", "items", items, num_items, "num_items")
@@ -203,8 +260,9 @@ def knn_graph(embeddings: ArrayLike, k: int = 10) -> jraph.GraphsTuple:
         )
     num_nodes = len(table)
     k = min(k, num_nodes - 1)
-    norm = np.linalg.norm(table, axis=1, keepdims=True)
-    table = np.divide(table, norm, out=np.zeros_like(table), where=norm > 0)
+    for order in (np.inf, 2):  # the largest first, so that no square is 0 or infinite
+        norm = np.linalg.norm(table, order, axis=1, keepdims=True)
+        table = np.divide(table, norm, out=np.zeros_like(table), where=norm > 0)
     keys, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
     for start in range(0, num_nodes if k > 0 else 0, 1024):
         similarity = table[start : start + 1024] @ table.T

@@ -13,7 +13,7 @@ def ragged(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Validated values `[num_values]` and row splits `[num_rows + 1]`."""
     if isinstance(rows, tuple) and len(rows) == 2:
-        values, splits = np.asarray(rows[0]), np.asarray(rows[1])
+        values, splits = np.atleast_1d(rows[0]), np.asarray(rows[1])
         if (
             splits.ndim != 1
             or splits.dtype.kind not in "iu"
@@ -41,9 +41,10 @@ def _row(function: str, name: str, index: int, row: Any) -> np.ndarray:
     except ValueError:  # NumPy refuses nested lists of unequal lengths
         array = np.empty((0, 0))
     if array.ndim != 1:
+        hint = " An iterator yields blocks of rows, not rows." if array.ndim == 0 else ""
         raise ValueError(
             f"`{function}` takes `{name}` as a list of flat integer arrays, one per row, but "
-            f"row {index} is {type(row).__name__} of shape {array.shape or '()'}."
+            f"row {index} is {type(row).__name__} of shape {array.shape or '()'}.{hint}"
         )
     return array
 
@@ -75,6 +76,18 @@ def check_choice(function: str, name: str, value: str, valid: tuple[str, ...]) -
         raise ValueError(f"`{function}`: unknown `{name}` {value!r}, valid are {valid}.")
 
 
-def check_positive(function: str, name: str, value: int) -> None:
-    if not isinstance(value, int | np.integer) or value < 1:
+def check_positive(function: str, name: str, value: Any) -> None:
+    if not is_integer(value) or value < 1:
         raise ValueError(f"`{function}`: `{name}` must be a positive integer, got {value!r}.")
+
+
+def check_count(function: str, name: str, value: Any) -> None:
+    if not is_integer(value) or value < 0:
+        raise ValueError(
+            f"`{function}`: `{name}` must be an integer of at least 0, got {value!r}."
+        )
+
+
+def is_integer(value: Any) -> bool:
+    """Python's or NumPy's, but no bool, which Python takes for one."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

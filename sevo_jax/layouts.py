@@ -135,7 +135,7 @@ def _add_chunks(
         chunks(columns, num_nodes - 1),
         chunks(weights, 0),
     )
-    return jax.lax.scan(add, jnp.zeros(x.shape, weights.dtype), entries)[0]
+    return jax.lax.scan(add, jnp.zeros_like(x, dtype=weights.dtype), entries)[0]
 
 
 @jax.tree_util.register_dataclass
@@ -236,7 +236,7 @@ def _tables_in_turn(
     table; wide ones take turns, because two of them would not fit into the cache together.
     """
     several_graphs = any(jax.tree.leaves(in_batched[0]))
-    at_once = 1 if several_graphs else max(1, _WIDTH // x.shape[-1])
+    at_once = 1 if several_graphs else max(1, _WIDTH // max(1, x.shape[-1]))
     if several_graphs or 1 < at_once < axis_size:
         args = adjacency, coefficients, x
         return in_turn(_tables_polynomial, in_batched, args, at_once), True

@@ -62,7 +62,9 @@ inline void Store(Vector<T, N> value, T* to) {
 template <typename T, int N>
 inline void Store(Vector<T, N> value, Bfloat16* to) {
   auto bits = reinterpret_cast<Vector<uint32_t, N>>(value);
+  const auto nan = bits >> 16 | 0x40;  // which rounding could turn into a number
   bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+  bits = value == value ? bits : nan;
   const auto half = __builtin_convertvector(bits, Vector<uint16_t, N>);
   std::memcpy(to, &half, sizeof(half));
 }

@@ -28,6 +28,7 @@ def sevo_adamw(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.1,
+    mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SEvo-enhanced AdamW, Algorithm 1 of the paper.
 
@@ -56,6 +57,8 @@ def sevo_adamw(
       b2: decay of the second moment.
       eps: added to the denominator, outside of the root.
       weight_decay: strength of the decoupled weight decay.
+      mask: which parameters decay, a tree of bools or a function of the parameters that
+        returns one, as in `optax.adamw`; None for all.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`. Its `update` takes
@@ -86,6 +89,8 @@ def sevo_adamw(
     moments = scale_by_corrected_adam if correct_moments else optax.scale_by_adam
     smoothed = optax.chain(
         moments(b1=b1, b2=b2, eps=eps),
+        # Before psi, which commutes with it: sums over steps have to hold their own rates.
+        optax.scale_by_learning_rate(learning_rate),
         sevo(
             adjacency,
             tables=tables,
@@ -96,10 +101,11 @@ def sevo_adamw(
             isolated=isolated,
             every=every,
         ),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.add_decayed_weights(_negative_product(learning_rate, weight_decay), mask),
     )
-    plain = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    plain = optax.adamw(
+        learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask
+    )
     return by_table(smoothed, plain, adjacency, tables)
 
 
@@ -171,7 +177,7 @@ def sevo_adam(
     """
     adjacency = normalized_adjacency(graph)
     direction = optax.chain(
-        optax.add_decayed_weights(weight_decay),
+        _l2(weight_decay),
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
     )
     smoother = sevo(
@@ -184,10 +190,8 @@ def sevo_adam(
         isolated=isolated,
         every=every,
     )
-    step = optax.scale_by_learning_rate(learning_rate)
-    return by_table(
-        optax.chain(direction, smoother, step), optax.chain(direction, step), adjacency, tables
-    )
+    plain = optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
+    return by_table(optax.chain(plain, smoother), plain, adjacency, tables)
 
 
 def sevo_sgd(
@@ -255,7 +259,7 @@ def sevo_sgd(
     """
     adjacency = normalized_adjacency(graph)
     direction = optax.chain(
-        optax.add_decayed_weights(weight_decay),
+        _l2(weight_decay),
         optax.trace(decay=momentum, nesterov=nesterov),
     )
     smoother = sevo(
@@ -268,10 +272,28 @@ def sevo_sgd(
         isolated=isolated,
         every=every,
     )
-    step = optax.scale_by_learning_rate(learning_rate)
-    return by_table(
-        optax.chain(direction, smoother, step), optax.chain(direction, step), adjacency, tables
-    )
+    plain = optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
+    return by_table(optax.chain(plain, smoother), plain, adjacency, tables)
+
+
+def _negative_product(
+    rate: optax.ScalarOrSchedule, decay: optax.ScalarOrSchedule
+) -> optax.ScalarOrSchedule:
+    """Minus their product, a schedule if either is one."""
+
+    def at(count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+        one = rate(count) if callable(rate) else rate
+        other = decay(count) if callable(decay) else decay
+        return -one * other
+
+    return at if callable(rate) or callable(decay) else at(0)
+
+
+def _l2(weight_decay: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Without a decay `update` needs no parameters, as in Optax's own optimizers."""
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay)
 
 
 def by_table(

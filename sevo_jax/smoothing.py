@@ -8,6 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sevo_jax.adjacency import Graph, normalized_adjacency
+from sevo_jax.ids import is_integer
 from sevo_jax.layouts import Adjacency
 
 Method: TypeAlias = Literal["neumann", "iterative", "exact"]
@@ -17,7 +18,7 @@ TOLERANCE = 1e-6  # of the exact method, relative to the norm of the table
 
 def smooth(
     adjacency: Graph,
-    x: jax.Array,
+    x: jax.typing.ArrayLike,
     *,
     beta: jax.typing.ArrayLike = 0.99,
     num_layers: int = 3,
@@ -33,7 +34,9 @@ def smooth(
 
     where :math:`\tilde A` is the `adjacency`, :math:`X` is `x` and :math:`L` is `num_layers`.
     It is linear in `x`, symmetric positive definite, and keeps the vector of square roots of
-    the degrees. Larger :math:`\beta` means smoother; 0 is the identity.
+    the degrees. Larger :math:`\beta` means smoother; 0 is the identity. Derivatives take the
+    adjacency for a constant. Those in forward mode (`jax.jvp`, `jax.hessian`) exist in the
+    layouts `"edges"`, `"dense"` and `"padded"` only, those in reverse mode in all.
 
     Args:
       adjacency: prepared by :func:`normalized_adjacency`, or a graph.
@@ -67,8 +70,11 @@ def smooth(
     References:
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024, Theorem 1
     """
+    if callable(beta):
+        raise TypeError(f"`smooth` takes `beta` as a number or an array, but got {beta!r}.")
     check_smoothing("smooth", beta, num_layers, method, isolated)
-    adjacency = normalized_adjacency(adjacency)
+    adjacency = jax.lax.stop_gradient(normalized_adjacency(adjacency))
+    x = jnp.asarray(x)
     wide = _widen("smooth", adjacency, x)
     if jnp.ndim(beta) and jnp.shape(beta) != x.shape[1:]:
         raise ValueError(
@@ -76,7 +82,7 @@ def smooth(
             f"{jnp.shape(beta)}."
         )
     if method == "exact":
-        y = _solve(adjacency, wide, beta)
+        y = _solve(adjacency, wide, jnp.asarray(beta, wide.dtype).reshape(1, -1))
     else:
         coefs = coefficients(beta, num_layers, method, rescale)
         stacked = jnp.stack([jnp.asarray(c, wide.dtype).reshape(1, -1) for c in coefs])
@@ -87,15 +93,25 @@ def smooth(
     return y
 
 
-def _solve(adjacency: Adjacency, x: jax.Array, beta: Any) -> jax.Array:
-    """(1 - beta) (I - beta A~)^-1 x, by Chebyshev's semi-iteration.
+@jax.jit  # or each call outside of `jit` would compile the loop anew
+def _solve(adjacency: Adjacency, x: jax.Array, beta: jax.Array) -> jax.Array:
+    """(1 - beta) (I - beta A~)^-1 x, with beta `[1, 1 or d]`."""
+    product = jnp.stack([jnp.zeros_like(beta), beta])
+    return jax.lax.custom_linear_solve(
+        lambda y: y - adjacency.polynomial(product, y),
+        (1 - beta) * x,
+        lambda _, b: _chebyshev(adjacency, b, beta),
+        symmetric=True,
+    )
+
+
+def _chebyshev(adjacency: Adjacency, start: jax.Array, beta: jax.Array) -> jax.Array:
+    """(I - beta A~)^-1 start, by Chebyshev's semi-iteration.
 
     The eigenvalues of A~ lie in [-1, 1], so its weights are known beforehand: the result is
-    linear in x, and the number of steps depends on beta alone (Golub and Varga, 1961).
+    linear in `start`, and the number of steps depends on beta alone (Golub and Varga, 1961).
     """
-    beta = jnp.asarray(beta, x.dtype).reshape(1, -1)
     product = jnp.stack([jnp.zeros_like(beta), beta])
-    start = (1 - beta) * x
     rate = beta / (1 + jnp.sqrt(1 - beta**2))  # k steps leave 2 rate^k of the error
     num_steps = jnp.ceil(jnp.log(2 / TOLERANCE) / -jnp.log(rate)).max().astype(jnp.int32)
 
@@ -125,7 +141,7 @@ def coefficients(
     return [scale * power for power in powers]
 
 
-def smoothness(graph: Graph, x: jax.Array) -> jax.Array:
+def smoothness(graph: Graph, x: jax.typing.ArrayLike) -> jax.Array:
     r"""How much a table varies along the edges; lower is smoother.
 
     .. math::
@@ -153,8 +169,8 @@ def smoothness(graph: Graph, x: jax.Array) -> jax.Array:
       0.198
       0.032
     """
-    adjacency = normalized_adjacency(graph)
-    wide = _widen("smoothness", adjacency, x)
+    adjacency = jax.lax.stop_gradient(normalized_adjacency(graph))
+    wide = _widen("smoothness", adjacency, jnp.asarray(x))
     laplacian = jnp.array([1, -1], wide.dtype).reshape(2, 1, 1)
     return jnp.sum(wide * adjacency.polynomial(laplacian, wide))
 
@@ -168,14 +184,14 @@ def _widen(function: str, adjacency: Adjacency, x: jax.Array) -> jax.Array:
             f"`{function}` takes `x` of shape [num_nodes={adjacency.num_nodes}, d], but got "
             f"{x.shape}. The graph's nodes are the rows of the table."
         )
-    return jnp.asarray(x, jnp.float32) if x.dtype.itemsize < 4 else jnp.asarray(x)
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
 def check_smoothing(
     function: str, beta: Any, num_layers: int, method: str, isolated: str
 ) -> None:
     """Refuse what is wrong before tracing; a traced `beta` cannot be looked at."""
-    if not isinstance(num_layers, int | np.integer) or num_layers < 0:
+    if not is_integer(num_layers) or num_layers < 0:
         raise ValueError(
             f"`{function}`: `num_layers` must be a Python integer of at least 0, got "
             f"{num_layers!r}. Under `inject_hyperparams` make it static: "

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from sevo_jax.adjacency import Graph, normalized_adjacency
+from sevo_jax.ids import is_integer
 from sevo_jax.smoothing import Isolated, Method, check_smoothing, smooth
 from sevo_jax.tables import Tables, table_groups
 
@@ -46,7 +48,8 @@ def sevo(
         A tuple of strings names tables that are stacked in that order, as users and items of
         a :func:`bipartite_graph`: together they have `num_nodes` rows. A tree of bools, or
         a function of the parameters that returns one, selects as in `optax.masked`. None
-        takes the one parameter of shape `[num_nodes, d]`.
+        takes the one parameter of shape `[num_nodes, d]`. Under `inject_hyperparams`, which
+        calls every function with the step count, name a function in its `static_args`.
       beta: strength in [0, 1): a scalar, one per column `[d]`, traced, or a schedule.
       num_layers: the paper's L.
       method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
@@ -77,14 +80,16 @@ def sevo(
       With `every` k > 1 the updates of k - 1 steps pass as they are, and the k-th is
       :math:`\Delta E_k + \hat\psi(S) - S` where S is the sum of all k. As psi is linear, the
       table has then moved by :math:`\hat\psi(S)`, as if psi had smoothed every update; only
-      gradients in between see the table before that. It divides psi's time by k and keeps one
-      more table, S. Adam after it would rescale that k-th update, so it is for a place after
-      the moments, such as in :func:`sevo_adamw`. Under `jit` it has no reverse-mode derivative.
+      gradients in between see the table before that, and a decoupled weight decay
+      :math:`\eta\lambda` shrinks it, which changes at most a share :math:`k\eta\lambda` of
+      the movement. It divides psi's time by k and keeps one more table, S. What comes after it
+      must not rescale its updates, so it stands after the moments and the learning rate, as in
+      :func:`sevo_adamw`. Under `jit` it has no reverse-mode derivative.
 
     .. note::
-      One row of NaN spreads to every row within L hops in this update. Only the row itself
-      keeps it in Adam's moments. `optax.apply_if_finite` around the whole optimizer drops
-      such a step before it changes parameters or state.
+      One row of NaN spreads to every row within L hops in this update, and in the layout
+      `"dense"` to all. Only the row itself keeps it in Adam's moments. `optax.apply_if_finite`
+      around the whole optimizer drops such a step before it changes parameters or state.
 
     References:
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
@@ -92,10 +97,10 @@ def sevo(
     check_smoothing("sevo", beta, num_layers, method, isolated)
     # Not 1 by default: `inject_hyperparams` would make a traced number of that.
     every = 1 if every is None else every
-    if not isinstance(every, int | np.integer) or every < 1:
+    if not is_integer(every) or not 1 <= every < 2**31:
         raise ValueError(
-            f"`sevo`: `every` must be a positive Python integer, got {every!r}. Under "
-            "`inject_hyperparams` make it static: `static_args=('num_layers', 'every')`."
+            f"`sevo`: `every` must be a positive Python integer below 2**31, got {every!r}. "
+            "Under `inject_hyperparams` make it static: `static_args=('num_layers', 'every')`."
         )
     prepared = normalized_adjacency(graph)
 
@@ -149,14 +154,20 @@ class SmoothEveryState(NamedTuple):
     """State of :func:`sevo` that does not smooth in every step."""
 
     count: jax.Array  # shape=(), dtype=int32
-    unsmoothed: optax.Updates  # sums since it last did, of tables alone, at least float32
+    unsmoothed: optax.Updates  # sums since it last did, of tables alone
 
 
 def _no_updates(params: optax.Params, groups: list[list[int]]) -> optax.Updates:
     leaves, treedef = jax.tree.flatten(params)
     chosen = set(itertools.chain(*groups))
+    for dtype in {jnp.result_type(leaves[i]) for i in chosen}:
+        if dtype.itemsize < 4:
+            raise TypeError(
+                f"`sevo` with `every` needs tables of float32 or wider, but got {dtype}, which "
+                "rounds away much of the updates whose sum is taken back."
+            )
     return treedef.unflatten(
-        _zeros(p) if i in chosen else optax.MaskedNode() for i, p in enumerate(leaves)
+        jnp.zeros_like(p) if i in chosen else optax.MaskedNode() for i, p in enumerate(leaves)
     )
 
 
@@ -176,14 +187,17 @@ def _smooth_every(
         new, totals = carry
         both = zip(new, psi(totals), totals, strict=True)
         new = [(u + (y - t)).astype(u.dtype) for u, y, t in both]
-        return new, jax.tree.map(jnp.zeros_like, totals)
+        return new, [jnp.zeros_like(t) for t in totals]
 
     for group in groups:
         carry = [leaves[i] for i in group], [leaves[i] + sums[i] for i in group]
-        # A loop of one turn or none: `vmap` would take both branches of a `cond`, and XLA
-        # would copy what passes through it.
-        new, totals = jax.lax.fori_loop(0, due, smoothed, carry)
-        for i, u, t in zip(group, new, totals, strict=True):
+        if isinstance(due, Tracer):
+            # A loop of one turn or none: `vmap` would take both branches of a `cond`, and XLA
+            # would copy what passes through it.
+            carry = jax.lax.fori_loop(0, due, smoothed, carry)
+        elif due:  # outside of `jit`, where the loop would be compiled anew each time
+            carry = smoothed(0, carry)
+        for i, u, t in zip(group, *carry, strict=True):
             leaves[i], sums[i] = u, t
     state = SmoothEveryState(count, treedef.unflatten(sums))
     return treedef.unflatten(leaves), state
@@ -219,6 +233,8 @@ def scale_by_corrected_adam(
 
     `update(..., touched=mask)` says which rows had a gradient, in place of the test for
     zeros: a bool array `[num_nodes]`, or a tree of them in the structure of the parameters.
+    Where gradients of several batches are added up, as by `optax.MultiSteps`, it has to be the
+    union of theirs.
 
     Args:
       b1: decay of the first moment.
@@ -271,10 +287,10 @@ def scale_by_corrected_adam(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _zeros(p: jax.Array) -> jax.Array:
-    # In bfloat16 a mean with a step of 1 - 0.999 would stand still, and so would a long sum:
-    # its rounding is wider.
-    return jnp.zeros(p.shape, jnp.float32 if p.dtype.itemsize < 4 else p.dtype)
+def _zeros(p: jax.typing.ArrayLike) -> jax.Array:
+    # In bfloat16 a mean with a step of 1 - 0.999 would stand still: its rounding is wider.
+    dtype = jnp.result_type(p)
+    return jnp.zeros_like(p, dtype=jnp.float32 if dtype.itemsize < 4 else dtype)
 
 
 def _mean_step(decay: Any, count: jax.typing.ArrayLike) -> jax.Array:

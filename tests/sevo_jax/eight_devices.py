@@ -100,6 +100,7 @@ def every_psi(graph: Any, x: jax.Array, beta: jax.Array, betas: jax.Array) -> di
         "iterative, by column": smooth(x, beta=betas, method="iterative", num_layers=2),
         "identity": smooth(x, beta=0.5, isolated="identity", rescale=False),
         "no layer": smooth(x, beta=0.5, num_layers=0),
+        "exact": smooth(x, beta=0.5, method="exact"),
         "bfloat16": smooth(x.astype(jnp.bfloat16), beta=betas),
         "gradient": jax.grad(energy)(x),
         "vmap": jax.vmap(lambda beta: smooth(x, beta=beta))(jnp.stack([beta, beta / 2])),
@@ -148,6 +149,16 @@ def test_training_equals_one_device(shape, axes, x64):
         rows = NUM_NODES // (8 if axes is None else 4)
         if leaf.shape == (NUM_NODES, DIM):
             assert leaf.addressable_shards[0].data.shape == (rows, DIM)
+
+
+def test_moments_and_sums_begin_where_the_table_lies():
+    graph = shard_adjacency(random_graph(0, NUM_NODES), mesh(8))
+    table = jnp.ones((NUM_NODES, DIM))
+    table = jax.device_put(table, row_shardings(table, graph))
+    state = sevo_jax.sevo_adamw(0.1, graph, every=2).init(table)
+    tables = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == table.shape]
+    assert len(tables) == 3
+    assert all(leaf.sharding.is_equivalent_to(table.sharding, 2) for leaf in tables)
 
 
 def test_stacked_tables_stay_whole(x64):

@@ -1,6 +1,7 @@
 """Every layout against the dense matrix; preparation and its errors."""
 
 import dataclasses
+import itertools
 import shutil
 from typing import Any
 
@@ -244,16 +245,32 @@ def test_what_auto_takes_on_cpu_needs_one_more_table(layout, messages, library):
     assert temporary <= 1.1 * num_nodes * d * 4
 
 
-@pytest.mark.parametrize("num_layers", [0, 3])
+NEW_WIDTHS = itertools.count(201)
+
+
+@pytest.mark.parametrize("how", [{"num_layers": 0}, {"num_layers": 3}, {"method": "exact"}])
 @pytest.mark.parametrize("layout", EVERY_LAYOUT)
-def test_second_call_outside_of_jit_compiles_nothing(layout, num_layers, caplog):
+def test_second_call_outside_of_jit_compiles_nothing(layout, how, caplog):
     adjacency = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
-    x = jnp.ones((20, 3 * len(layout) + num_layers))  # of its own, for nothing is compiled yet
+    x = jnp.ones((20, next(NEW_WIDTHS)))  # nothing is compiled for it yet
     with jax.log_compiles():
-        sevo_jax.smooth(adjacency, adjacency.matmul(x), num_layers=num_layers)
+        sevo_jax.smooth(adjacency, adjacency.matmul(x), **how)
         assert "Compiling" in caplog.text
         caplog.clear()
-        sevo_jax.smooth(adjacency, adjacency.matmul(x), num_layers=num_layers)
+        sevo_jax.smooth(adjacency, adjacency.matmul(x), **how)
+        assert "Compiling" not in caplog.text
+
+
+def test_rare_smoothing_outside_of_jit_compiles_nothing_in_later_steps(caplog):
+    solver, table = sevo_jax.sevo(random_graph(), every=2), jnp.ones((20, 11))
+    state = solver.init(table)
+    with jax.log_compiles():
+        for _ in range(2):
+            _, state = solver.update(table, state)
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        for _ in range(2):
+            _, state = solver.update(table, state)
         assert "Compiling" not in caplog.text
 
 
@@ -343,8 +360,8 @@ def test_what_the_compiler_says_is_passed_on(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/does/not/exist")
     with pytest.raises(RuntimeError, match="'/does/not/exist' does not start"):
         compile_library()
-    monkeypatch.setenv("CXX", "false")
-    with pytest.raises(RuntimeError, match="^false -O3 .* failed"):
+    monkeypatch.setenv("CXX", "false --with 'an option'")
+    with pytest.raises(RuntimeError, match="^false --with an option -O3 .* failed"):
         compile_library()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
@@ -406,9 +423,23 @@ def test_messages_in_half_precision(layout, library):
         np.testing.assert_allclose(sevo_jax.smooth(wide, jnp.asarray(x)), expected, atol=1e-12)
 
 
+@needs_compiler
+def test_messages_in_half_precision_keep_every_nan(library):
+    """Also those whose bits rounding would carry over into a number."""
+    graph = sevo_jax.item_graph([[0, 1]], num_nodes=2)
+    adjacency = sevo_jax.normalized_adjacency(graph, layout="compiled", messages="bfloat16")
+    bits = [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001]
+    nans = np.array(bits, np.uint32).view(np.float32)
+    x = jnp.stack([jnp.asarray(nans), jnp.ones(len(bits))])
+    assert np.isnan(sevo_jax.smooth(adjacency, x)).all()
+
+
 def test_a_prepared_adjacency_is_returned():
     adjacency = sevo_jax.normalized_adjacency(random_graph())
     assert sevo_jax.normalized_adjacency(adjacency) is adjacency
+    for options in ({"layout": "dense"}, {"capacity": 1000}, {"messages": "bfloat16"}):
+        with pytest.raises(ValueError, match="cannot change a prepared adjacency"):
+            sevo_jax.normalized_adjacency(adjacency, **options)
 
 
 def test_edges_in_any_order_repeated_or_on_the_device():
@@ -463,6 +494,9 @@ def _graph(receivers: Any, senders: Any, edges: Any, num_nodes: int = 3) -> jrap
         (_graph([0.0, 1.0], [1.0, 0.0], [1.0, 1.0]), TypeError, "float64, not integers"),
         (_graph([0, 1], [1, 0], [[1.0], [1.0]]), ValueError, r"got \(2, 1\), \(2,\)"),
         (_graph([0, 1], [1], [1.0, 1.0]), ValueError, "one shape"),
+        (_graph([0, 1], [1, 0], [1j, 1j]), TypeError, "weights, `edges`, are complex128"),
+        (_graph([], [], [], 0), ValueError, "with nodes, but `n_node` is .0."),
+        (_graph([], [], [])._replace(n_node=None), ValueError, "`n_node` is None"),
         ([[0, 1], [1, 0]], TypeError, "`jraph.GraphsTuple` .* got list"),
     ],
 )
@@ -477,6 +511,8 @@ def test_bad_options():
         sevo_jax.normalized_adjacency(graph, layout="csr")  # pyright: ignore
     with pytest.raises(ValueError, match="`capacity` is 5, but the graph has"):
         sevo_jax.normalized_adjacency(graph, capacity=5)
+    with pytest.raises(ValueError, match="`capacity` must be an integer .* got 100.0"):
+        sevo_jax.normalized_adjacency(graph, capacity=100.0)  # pyright: ignore
     with pytest.raises(ValueError, match="`messages` is None or 'bfloat16', got 'float16'"):
         sevo_jax.normalized_adjacency(graph, messages="float16")  # pyright: ignore
     with pytest.raises(ValueError, match="need the layout 'edges' or 'compiled', but .*Rows"):

@@ -169,6 +169,39 @@ def test_figures_of_real_data(
     assert adjacency.isolated.sum() == isolated + 1  # and the row of padding
 
 
+@given(st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=30)
+def test_edge_graph_equals_the_loop(seed):
+    rng = np.random.default_rng(seed)
+    senders, receivers = rng.integers(0, 7, (2, 30))
+    weights = rng.integers(0, 4, 30) / 2
+    expected = np.zeros((7, 7))
+    for i, j, weight in zip(senders, receivers, weights, strict=True):
+        expected[i, j] += weight
+        expected[j, i] += weight
+    graph = sevo_jax.edge_graph(senders, receivers, 7, weights)
+    np.testing.assert_array_equal(dense(graph), expected)
+    assert len(graph.edges) == np.count_nonzero(expected)
+    counts = sevo_jax.edge_graph(senders, receivers, 7)
+    assert counts.edges.sum() == 2 * 30
+    # The builders' own graphs come back as twice themselves.
+    again = sevo_jax.edge_graph(graph.senders, graph.receivers, 7, graph.edges)
+    np.testing.assert_array_equal(dense(again), 2 * expected)
+
+
+def test_edge_graph_without_edges():
+    assert len(sevo_jax.edge_graph([], [], 3).edges) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1.0, 1e25, 1e37])
+def test_neighbours_do_not_depend_on_scale(scale):
+    table = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    expected = sevo_jax.knn_graph(table, 3)
+    graph = sevo_jax.knn_graph(np.float32(scale) * table, 3)
+    np.testing.assert_array_equal(graph.senders, expected.senders)
+    np.testing.assert_allclose(graph.edges, expected.edges, rtol=1e-4)
+
+
 def test_build_time():
     rng = np.random.default_rng(0)
     values, splits = rng.integers(0, 50_000, 1_000_000), np.arange(0, 1_000_001, 10)
@@ -211,7 +244,8 @@ def test_bad_block_and_no_block():
     assert len(sevo_jax.item_graph(iter([]), 3).edges) == 0
     with pytest.raises(ValueError, match="the largest is 3"):
         sevo_jax.item_graph(iter([[[0, 1]], [[1, 3]]]), 3)
-    with pytest.raises(ValueError, match="row 0 is int"):  # of sequences instead of blocks
+    # Of sequences instead of blocks.
+    with pytest.raises(ValueError, match="row 0 is int .* An iterator yields blocks of rows"):
         sevo_jax.item_graph(iter([[0, 1]]), 3)
 
 
@@ -243,7 +277,12 @@ def test_ten_million_interactions():
         (lambda: sevo_jax.item_graph(([0, 1], [0, 2, 1, 2]), 3), ValueError, "row splits"),
         (lambda: sevo_jax.item_graph(([0, 1], [0.0, 2.0]), 3), ValueError, "row splits"),
         (lambda: sevo_jax.item_graph(([[0, 1]], [0, 1]), 3), ValueError, "must be flat"),
+        (lambda: sevo_jax.item_graph((3, 4), 5), ValueError, "row splits"),  # pyright: ignore
+        (lambda: sevo_jax.item_graph([[0]], 3.0), ValueError, "`num_nodes` must .* got 3.0"),
+        (lambda: sevo_jax.item_graph([], -1), ValueError, "`num_nodes` must .* got -1"),
+        (lambda: sevo_jax.item_graph([[0]], None), ValueError, "`num_nodes` must .* got None"),
         (lambda: sevo_jax.item_graph([[0]], 3, window=0), ValueError, "`window` must be"),
+        (lambda: sevo_jax.item_graph([[0]], 3, window=True), ValueError, "`window` must be"),
         (lambda: sevo_jax.item_graph([[0]], 3, max_distance=0.5), ValueError, "`max_distance`"),
         (
             lambda: sevo_jax.item_graph([[0]], 3, weighting="cosine"),
@@ -251,7 +290,16 @@ def test_ten_million_interactions():
             "unknown `weighting` 'cosine', valid are .*'inverse_distance', 'count'",
         ),
         (lambda: sevo_jax.item_graph([[0]], 3, keep="all"), ValueError, "unknown `keep` 'all'"),
+        (lambda: sevo_jax.edge_graph([0], [2], 2), ValueError, "`receivers`, .* largest is 2"),
+        (lambda: sevo_jax.edge_graph([0.5], [1], 2), TypeError, "integer ids in `senders`"),
+        (lambda: sevo_jax.edge_graph([0], [1], "2"), ValueError, "`num_nodes` must .* got '2'"),
+        (lambda: sevo_jax.edge_graph([0], [1, 0], 2), ValueError, r"\(1,\), \(2,\) and \(1,\)"),
+        (lambda: sevo_jax.edge_graph([0], [1], 2, [1, 2]), ValueError, r"and \(2,\)"),
+        (lambda: sevo_jax.edge_graph([0], [1], 2, [-1.0]), ValueError, "entry 0 is -1.0"),
+        (lambda: sevo_jax.edge_graph([0], [1], 2, [np.nan]), ValueError, "entry 0 is nan"),
         (lambda: sevo_jax.bipartite_graph([2], [0], 2, 2), ValueError, "`num_users` = 2"),
+        (lambda: sevo_jax.bipartite_graph([0], [0], 2.0, 2), ValueError, "`num_users` must"),
+        (lambda: sevo_jax.bipartite_graph([0], [0], 2, True), ValueError, "`num_items` must"),
         (lambda: sevo_jax.bipartite_graph([0, 1], [0], 2, 2), ValueError, "has 2 .* `items` 1"),
         (
             lambda: sevo_jax.attribute_graph([[0.5]]),

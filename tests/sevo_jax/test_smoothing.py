@@ -183,6 +183,7 @@ def random_graph_adjacency():
         ({"beta": -0.1}, ValueError, r"`beta` must lie in"),
         ({"beta": np.nan}, ValueError, r"`beta` must lie in"),
         ({"beta": np.array([0.5, 1.5])}, ValueError, r"`beta` must lie in"),
+        ({"beta": lambda count: 0.5}, TypeError, "`beta` as a number or an array, but got <f"),
         ({"beta": [0.5, 0.5]}, TypeError, r"a number, an array or a schedule, .* \[0.5, 0.5\]"),
         ({"beta": np.array([0.5, 0.5, 0.5])}, ValueError, r"shape \[d=2\], but got \(3,\)"),
         ({"num_layers": -1}, ValueError, "`num_layers` .* at least 0, got -1"),
@@ -219,6 +220,48 @@ def test_exact_inverse(layout, beta):
     tables = jnp.stack([x, 2 * x]).astype(jnp.float32)
     both = jax.vmap(smooth, (0, None))(tables, beta)
     np.testing.assert_allclose(both[1], 2 * expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("layout", ["edges", "rows", "dense", "padded"])
+def test_reverse_mode_of_the_exact_inverse(layout, x64):
+    graph, rng = random_graph(3), np.random.default_rng(0)
+    adjacency = sevo_jax.normalized_adjacency(graph, layout=layout)
+    x, weight = jnp.asarray(rng.normal(size=(2, 20, 4)))
+
+    @jax.jit
+    def loss(x, beta):
+        return jnp.sum(weight * sevo_jax.smooth(adjacency, x, beta=beta, method="exact"))
+
+    to_x, to_beta = jax.jit(jax.grad(loss, (0, 1)))(x, 0.9)
+    expected = sevo_jax.smooth(adjacency, weight, beta=0.9, method="exact")  # it is symmetric
+    np.testing.assert_allclose(to_x, expected, atol=1e-5)
+    matrix = reference_normalized(dense(graph))
+
+    def exact(beta):
+        return np.sum(weight * ((1 - beta) * np.linalg.solve(np.eye(20) - beta * matrix, x)))
+
+    slope = (exact(0.9 + 1e-5) - exact(0.9 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(to_beta, slope, rtol=1e-4)
+
+
+@pytest.mark.parametrize("function", [sevo_jax.smooth, sevo_jax.smoothness])
+@pytest.mark.parametrize("layout", ["edges", "rows", "dense", "padded"])
+def test_derivatives_take_the_adjacency_for_a_constant(layout, function):
+    adjacency = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 2)))
+    slopes = jax.grad(lambda a: jnp.sum(function(a, x) ** 2), allow_int=True)(adjacency)
+    slopes = [s for s in jax.tree.leaves(slopes) if jnp.issubdtype(s.dtype, jnp.floating)]
+    assert slopes and not any(s.any() for s in slopes)
+
+
+def test_tables_of_numpy_and_lists(recwarn):
+    graph = sevo_jax.item_graph([[0, 1]], num_nodes=2)
+    rows = [[1.0, 2.0], [3.0, 5.0]]
+    expected = sevo_jax.smooth(graph, jnp.array(rows))
+    for x in (rows, np.array(rows)):  # float64, which JAX holds in float32
+        np.testing.assert_array_equal(sevo_jax.smooth(graph, x), expected)
+        assert sevo_jax.smoothness(graph, x) == sevo_jax.smoothness(graph, jnp.array(rows))
+    assert not recwarn
 
 
 def test_neumann_tends_to_the_exact_inverse():

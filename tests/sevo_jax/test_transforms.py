@@ -175,6 +175,41 @@ def test_other_parameters_get_the_plain_optimizer():
         np.testing.assert_allclose(actual["w"], expected["w"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("as_tree", [True, False])
+def test_mask_of_the_weight_decay(as_tree):
+    graph, mask = random_graph(), {"item": True, "w": True, "bias": False}
+    params = {"item": jnp.ones((20, 3)), "w": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    solver = sevo_jax.sevo_adamw(
+        optax.constant_schedule(0.1),
+        graph,
+        tables="item",
+        weight_decay=0.5,
+        mask=mask if as_tree else lambda params: {name: mask[name] for name in params},
+    )
+    grads = jax.tree.map(lambda p: jnp.zeros((1, *p.shape)), params)
+    moved, _ = _run(solver, [jax.tree.map(lambda g: g[0], grads)], params)
+    for name, decays in mask.items():
+        np.testing.assert_allclose(moved[name], 0.95 if decays else 1.0, rtol=1e-6)
+    solver = sevo_jax.sevo_adamw(0.1, graph, tables="item", mask=mask | {"item": False})
+    moved, _ = _run(solver, [jax.tree.map(lambda g: g[0], grads)], params)
+    np.testing.assert_array_equal(moved["item"], 1.0)
+
+
+@pytest.mark.parametrize("alias", [sevo_jax.sevo_adam, sevo_jax.sevo_sgd])
+def test_without_a_decay_update_needs_no_parameters(alias):
+    table, solver = jnp.ones((20, 3)), alias(0.1, random_graph())
+    updates, _ = solver.update(table, solver.init(table))
+    expected, _ = solver.update(table, solver.init(table), table)
+    np.testing.assert_array_equal(updates, expected)
+
+
+def test_moments_of_python_numbers():
+    solver = sevo_jax.scale_by_corrected_adam()
+    grads = jax.grad(lambda params: 2 * params["a"])({"a": 1.0})
+    updates, _ = solver.update(grads, solver.init({"a": 1.0}))
+    np.testing.assert_allclose(updates["a"], 1.0, rtol=1e-6)
+
+
 def test_placements_differ():
     """Smoothing Adam's proposal is not smoothing the gradient that Adam then rescales."""
     graph, grads = random_graph(), jnp.asarray(_sparse_grads(3), jnp.float32)
@@ -217,8 +252,9 @@ def test_schedule_for_beta():
     assert state.count == 5
 
 
+@pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize("tables", ["item|user", ("user", "item")])
-def test_every_third_step_smooths_the_sum_of_three(x64, tables):
+def test_every_third_step_smooths_the_sum_of_three(x64, tables, jit):
     """Then the table has moved by psi of all updates; between, by the updates as they are."""
     stacked = isinstance(tables, tuple)
     graph = random_graph(num_nodes=20 if stacked else 10)
@@ -230,7 +266,7 @@ def test_every_third_step_smooths_the_sum_of_three(x64, tables):
     rng = np.random.default_rng(0)
     shapes = {"bias": (3,), "item": (10, 2), "user": (10, 2)}
     params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-    state, update = solver.init(params), jax.jit(solver.update)
+    state, update = solver.init(params), jax.jit(solver.update) if jit else solver.update
     none = jax.tree.map(jnp.zeros_like, params)
     moved = since = none
     for count in range(7):
@@ -254,14 +290,40 @@ def test_every_third_step_smooths_the_sum_of_three(x64, tables):
     assert state.count == 7
 
 
-def test_sums_of_half_precision_grow():
-    table = jnp.ones((20, 2), jnp.bfloat16)
-    solver = sevo_jax.sevo(random_graph(), every=100)
-    _, state = solver.update(256 * table, solver.init(table))
-    for _ in range(8):  # 256 + 1 is 256 in bfloat16
-        updates, state = solver.update(table, state)
-    assert updates.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(state.unsmoothed, 264.0)
+@pytest.mark.parametrize("rate", [0.01, optax.linear_schedule(0.0, 0.01, 8)])
+@pytest.mark.parametrize("alias", [sevo_jax.sevo_adamw, sevo_jax.sevo_adam, sevo_jax.sevo_sgd])
+def test_rare_smoothing_holds_each_step_with_its_own_learning_rate(alias, rate, x64):
+    """So after the eighth the table stands where psi of every step has brought it."""
+    graph, table = random_graph(), jnp.ones((20, 3))
+    grads = jnp.asarray(np.random.default_rng(0).normal(size=(8, 20, 3)))
+    often, rarely = (
+        _run(alias(rate, graph, beta=0.9, weight_decay=0.0, every=every), grads, table)[0]
+        for every in (None, 8)
+    )
+    np.testing.assert_allclose(rarely, often, rtol=0, atol=1e-10)
+    assert np.abs(often - table).max() > 1e-3
+
+
+def test_weight_decay_between_changes_little(x64):
+    """By at most the share k eta lambda of the movement."""
+    graph, table, every = random_graph(), jnp.ones((20, 3)), 20
+    grads = jnp.ones((every, 20, 3))
+    often, rarely = (
+        _run(sevo_jax.sevo_adamw(0.01, graph, every=k, weight_decay=0.5), grads, table)[0]
+        for k in (None, every)
+    )
+    still = table * (1 - 0.01 * 0.5) ** every  # what the decay alone leaves
+    gap, movement = (np.linalg.norm(x) for x in (rarely - often, often - still))
+    assert 0 < gap < every * 0.01 * 0.5 * movement
+
+
+def test_rare_smoothing_of_half_precision_is_refused():
+    """Sums of what a bfloat16 table has rounded away would be taken back from it."""
+    solver = sevo_jax.sevo(random_graph(), tables="item", every=2)
+    params = {"item": jnp.ones((20, 2), jnp.bfloat16), "bias": jnp.ones(2, jnp.bfloat16)}
+    with pytest.raises(TypeError, match="`every` needs tables of float32 .* got bfloat16"):
+        solver.init(params)
+    solver.init(params | {"item": jnp.ones((20, 2))})  # others may be
 
 
 @pytest.mark.parametrize("num_seeds", [0, 3])
@@ -349,8 +411,11 @@ class TestNaN:
         ({"num_layers": -2}, "`sevo`: `num_layers` .* got -2"),
         ({"method": "mean"}, "`sevo`: unknown `method` 'mean', valid are"),
         ({"isolated": "drop"}, "`sevo`: unknown `isolated` 'drop'"),
-        ({"every": 0}, "`sevo`: `every` must be a positive Python integer, got 0"),
-        ({"every": 2.0}, "`sevo`: `every` must be a positive Python integer, got 2.0"),
+        ({"every": 0}, "`sevo`: `every` must be a positive Python integer .* got 0"),
+        ({"every": 2.0}, "`sevo`: `every` must be a positive .* got 2.0"),
+        ({"every": True}, "`sevo`: `every` must be a positive .* got True"),
+        ({"every": 2**31}, "`sevo`: `every` must be a .* below .* got 2147483648"),
+        ({"num_layers": True}, "`sevo`: `num_layers` .* got True"),
     ],
 )
 @pytest.mark.parametrize(
