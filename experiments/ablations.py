@@ -239,7 +239,7 @@ def arms_of(options: Ablate) -> tuple[dict[str, Config], Any, Any]:
         names = (*ABLATIONS, *study.STUDIES)
         raise ValueError(f"`name` must be one of {names}, got {options.name!r}.")
     dataset, split = split_of(options)
-    name = options.preset or dataset.name
+    name = options.preset_name(dataset.name)
 
     def make(optimizer: str, **settings: Any) -> Config:
         given = options.given_to(optimizer) | settings

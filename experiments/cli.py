@@ -1,6 +1,7 @@
 """The command line, `python -m experiments COMMAND`; without a command, `train`."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -62,7 +63,9 @@ def _run(command: Command) -> None:
 
         if command.keep:
             keep(command.runs, command.keep)
-        print(f"{command.page}: tables of {write_report(command.runs, command.page)} runs")
-        html = command.html or command.page.with_suffix(".html")
+        ours = command.runs == Report().runs  # the records that the repository keeps
+        page = command.page or (Path() if ours else command.runs[0]) / "RESULTS.md"
+        print(f"{page}: tables of {write_report(command.runs, page)} runs")
+        html = command.html or page.with_suffix(".html")
         write_page(command.runs, html)
         print(f"{html}: their figures and comparisons")

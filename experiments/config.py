@@ -293,6 +293,29 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
+# How the publishers, and `experiments fetch`, call the datasets that have presets.
+_PUBLISHERS_NAMES = {
+    "ml-1m": "movielens_1m",
+    "reviews_Beauty_5": "amazon_beauty",
+    "reviews_Toys_and_Games_5": "amazon_toys",
+    "reviews_Tools_and_Home_Improvement_5": "amazon_tools",
+}
+
+
+def preset_name(model: str, dataset: str, asked: str | None = None) -> str:
+    """Whose settings :func:`preset` takes for a model on a dataset.
+
+    Args:
+      model, dataset: names.
+      asked: the dataset whose preset it shall be, if not that of `dataset`.
+    """
+    known = sorted(name for of, name in PRESETS if of == model)
+    if asked is not None and asked not in known:
+        raise ValueError(f"`preset` for {model} must be one of {known}, got {asked!r}.")
+    name = asked or _PUBLISHERS_NAMES.get(dataset, dataset)
+    return name if name in known else "amazon_beauty"
+
+
 def preset(model: str, dataset: str, optimizer: str, **overrides: Any) -> Config:
     """The settings for a model on a dataset; those of SASRec on Beauty where none is known.
 
@@ -303,7 +326,7 @@ def preset(model: str, dataset: str, optimizer: str, **overrides: Any) -> Config
       model, dataset, optimizer: names.
       overrides: fields of `Config` that replace the preset's.
     """
-    known = PRESETS.get((model, dataset)) or PRESETS.get((model, "amazon_beauty"), {})
+    known = PRESETS.get((model, preset_name(model, dataset)), {})
     settings = {**known, "model": model, "optimizer": optimizer}
     if not optimizer.endswith("adamw"):
         settings["weight_decay"] = 0.0

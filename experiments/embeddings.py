@@ -61,7 +61,7 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
     dataset, split = split_of(options)
     settings = {"epochs": EPOCHS[-1]} | options.given()
     betas = (settings.pop("beta"),) if "beta" in settings else BETAS
-    config = preset(options.model, options.preset or dataset.name, "sevo_adamw", **settings)
+    config = preset(options.model, options.preset_name(dataset.name), "sevo_adamw", **settings)
     groups = groups_of(dataset.known_attributes())
     method, project = projection()
     if method != "UMAP":

@@ -60,7 +60,8 @@ def load(
         `ratings.dat`, `u.data` or a RecBole `.inter` file in it.
       format: a key of `FORMATS`; by default the first whose pattern fits the file name.
       columns: names in the file's header by role (`user`, `item`, `position`, `timestamp`,
-        `rating`) where they differ from the format's; those named here must be there. Also
+        `rating`) where they differ from the format's; those named here must be there. Of CSV,
+        TSV and Parquet files, names such as `user_id`, `itemId` and `movieId` are known. Also
         `attributes`, a column of the items' file, where `item` has the same name if given.
       encoding: of text files.
       min_rating: leaves out interactions rated lower.
@@ -74,6 +75,8 @@ def load(
     apply in the order `min_rating`, `repeats`, `k_core`.
     """
     path = Path(path).resolve()
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder.")
     name = name or path.name.split(".")[0]
     if path.is_dir():
         path = _file_in(path)
@@ -127,7 +130,8 @@ def _format_of(path: Path) -> str:
         if fnmatchcase(name, format.pattern):
             return key
     raise ValueError(
-        f"{path}: unknown kind of file; pass `format`, one of {', '.join(FORMATS)}."
+        f"{path}: unknown kind of file; pass `format` (--data-format), one of "
+        f"{', '.join(FORMATS)}."
     )
 
 
@@ -154,9 +158,9 @@ def _clean(
                 digits = column.cast(pl.String).str.contains(r"^(0|-?[1-9]\d{0,17})$")
                 check(digits, role, "an integer id")
         else:
-            column = _numbers(column)
+            column = _times(column) if role == "timestamp" else _numbers(column)
             good = column.is_not_null() & column.is_finite().fill_null(False)
-            check(good, role, "a number")
+            check(good, role, "a number" + " or a date" * (role == "timestamp"))
         frame = frame.with_columns(column.alias(role))
 
     drops = {}
@@ -201,8 +205,20 @@ def _numbers(column: pl.Series) -> pl.Series:
         return column.cast(pl.Float64)
     if column.dtype.is_numeric():
         return column
-    integers = column.cast(pl.String).cast(pl.Int64, strict=False)
-    return column.cast(pl.Float64, strict=False) if integers.null_count() else integers
+    text = column.cast(pl.String)
+    integers, numbers = text.cast(pl.Int64, strict=False), text.cast(pl.Float64, strict=False)
+    return numbers if integers.null_count() else integers
+
+
+def _times(column: pl.Series) -> pl.Series:
+    """Numbers, or seconds since 1970 where all are dates as in ISO 8601; null where neither."""
+    numbers = _numbers(column)
+    if column.dtype != pl.String or numbers.null_count() < len(numbers):
+        return numbers
+    text = column.str.replace(" ", "T").str
+    forms = ("%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d")
+    dates = (text.to_datetime(form, time_unit="us", strict=False) for form in forms)
+    return _numbers(min(dates, key=pl.Series.null_count))
 
 
 _PLAIN = {role: role for role in ROLES}
@@ -233,8 +249,8 @@ FORMATS: Mapping[str, Format] = {
     "movielens": Format("*.dat", read_delimited, _RATED, "::", False, integer_ids=True),
     "movielens-tab": Format("*.data", read_delimited, _RATED, "\t", False, integer_ids=True),
     "recbole": Format("*.inter", read_delimited, _RECBOLE, "\t"),
-    "csv": Format("*.csv", read_delimited, _PLAIN),
-    "tsv": Format("*.tsv", read_delimited, _PLAIN, "\t"),
-    "parquet": Format("*.parquet", read_parquet, _PLAIN),
+    "csv": Format("*.csv", read_delimited, _PLAIN, any_names=True),
+    "tsv": Format("*.tsv", read_delimited, _PLAIN, "\t", any_names=True),
+    "parquet": Format("*.parquet", read_parquet, _PLAIN, any_names=True),
     "id-lines": Format("*.txt", read_id_lines, _PLAIN, header=False, integer_ids=True),
 }

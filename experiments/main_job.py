@@ -37,6 +37,8 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
     )
     for reason, count in dataset.drops.items():
         console.print(f"left out: {count:,} interactions ({reason})")
+    usual = options.preset_name(dataset.name)
+    console.print(f"settings that are not given: those of {options.model} on {usual}")
     configs = [options.config(optimizer, dataset.name) for optimizer in options.optimizers]
     results = []
     for config in configs:

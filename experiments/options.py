@@ -17,6 +17,7 @@ from experiments.config import (
     Touched,
     Windows,
     preset,
+    preset_name,
 )
 
 
@@ -125,6 +126,10 @@ class Job:
     epochs: int | None = None
     eval_every: int | None = None
 
+    def preset_name(self, dataset: str) -> str:
+        """Whose settings those are that were not given."""
+        return preset_name(self.model, dataset, self.preset)
+
     def given(self) -> dict[str, Any]:
         """The settings that were given."""
         names = {one.name for one in fields(Config)} & {one.name for one in fields(self)}
@@ -164,7 +169,7 @@ class Train(Job):
 
     def config(self, optimizer: Optimizer, dataset: str) -> Config:
         given = {"streams": self.mesh or 1} | self.given_to(optimizer)
-        return preset(self.model, self.preset or dataset, optimizer, **given)
+        return preset(self.model, self.preset_name(dataset), optimizer, **given)
 
 
 @dataclass(kw_only=True)
@@ -177,7 +182,7 @@ class Ablate(Job):
 
     name: Positional[str]
     """An ablation: optimizer, approximation, rescale, correction, layers, graph, genres,
-    placement, loss, beta, users, distillation; or a study: smoothness, theory, cost,
+    placement, loss, beta, every, users, distillation; or a study: smoothness, theory, cost,
     embeddings."""
     arms: tuple[str, ...] = ()
     """Only these of the settings, by their names; all by default."""
@@ -215,8 +220,9 @@ class Report:
 
     runs: tuple[Path, ...] = (Path("results"),)
     """Folders to search for records."""
-    page: Path = Path("RESULTS.md")
-    """The page whose generated part is replaced."""
+    page: Path | None = None
+    """The page whose generated part is replaced; by default RESULTS.md for the records in
+    `results`, and RESULTS.md in the first folder for other runs."""
     html: Path | None = None
     """Where the page with figures and comparisons goes; by default beside `page`."""
     keep: Path | None = None

@@ -68,6 +68,7 @@ class Format:
     header: bool = True
     required: frozenset[str] = frozenset({"user", "item"})
     integer_ids: bool = False
+    any_names: bool = False  # for columns that the header lacks, take what `_role_of` knows
 
 
 def read_bytes(path: Path) -> bytes:
@@ -197,16 +198,26 @@ def read_id_lines(source: Source) -> Table:
     return Table(frame.drop("line"), lambda row: f"line {frame['line'][row]}")
 
 
+def _role_of(name: str) -> str:
+    """The role that a column's name speaks of: `user_id` and `userId` of the user."""
+    name = name.lower().replace("_", "").removesuffix("id")
+    return {"movie": "item", "product": "item", "time": "timestamp"}.get(name, name)
+
+
 def _by_role(source: Source, frame: pl.DataFrame, header: list[str]) -> pl.DataFrame:
     """Picks the columns of `frame`, named in the file as `header` says, by role."""
     series = {}
     for role, name in source.columns.items():
+        if source.format.any_names and role not in source.chosen and name not in header:
+            likely = [other for other in header if other and _role_of(other) == role]
+            name = likely[0] if len(likely) == 1 else name
         if header.count(name) > 1:
             source.fail(f"column {name!r} occurs {header.count(name)} times.", "line 1")
         if name in header:
             series[role] = frame.to_series(header.index(name)).alias(role)
         elif role in source.format.required | source.chosen:
             problem = f"no column {name!r} for the {role}, only {', '.join(header)}"
-            source.fail(f"{problem}; name it with `columns={{{role!r}: ...}}`.", "line 1")
+            how = f"name it with `columns={{{role!r}: ...}}` (--columns {role} ...)"
+            source.fail(f"{problem}; {how}.", "line 1")
     frame = pl.DataFrame(series)
     return frame if frame.height else source.fail("no rows after the header.")

@@ -416,7 +416,8 @@ def _claim(
     for path in held:
         if not resume:
             raise ValueError(
-                f"`folder` {path.parent} holds a run; resume it or choose another."
+                f"`folder` {path.parent} holds a run: resume it (--resume) or choose another "
+                "(--out)."
             )
         _check_same(path, wanted[path])
     sync_global_devices("every process has looked")

@@ -45,7 +45,7 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
     dataset, split = split_of(options)
     settings = options.given()
     betas = (settings.pop("beta"),) if "beta" in settings else BETAS
-    config = preset(options.model, options.preset or dataset.name, "sevo_adamw", **settings)
+    config = preset(options.model, options.preset_name(dataset.name), "sevo_adamw", **settings)
     if config.placement != "update" or config.graph != "items":
         raise ValueError(
             "`smoothness` takes `placement` 'update' and `graph` 'items', got "

@@ -1,7 +1,9 @@
 """Tables are functions of records: by hand for one small run."""
 
 import json
+import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -82,9 +84,19 @@ def test_what_is_missing_is_said(runs, tmp_path):
     assert page.read_text() == "mine"
 
 
-def test_report_command(runs, tmp_path, capsys):
+def test_report_command(runs, tmp_path, capsys, monkeypatch):
     cli.main(["report", "--runs", str(runs), "--page", str(tmp_path / "R.md")])
     assert "tables of 1 runs" in capsys.readouterr().out
+    # Only the records that the repository keeps go to its RESULTS.md unasked.
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    cli.main(["report", "--runs", str(runs)])
+    assert not list(Path().iterdir())
+    assert "sevo_adamw" in (runs / "RESULTS.md").read_text()
+    assert (runs / "RESULTS.html").exists()
+    shutil.copytree(runs, "results")
+    cli.main(["report"])
+    assert Path("RESULTS.md").exists() and Path("RESULTS.html").exists()
 
 
 def test_arms_of_an_ablation_have_a_table_of_their_own(runs, tmp_path):

@@ -110,7 +110,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(finished, split):
     _, folder = finished
     before = (folder / records.FILE).read_bytes()
     with pytest.raises(
-        ValueError, match="`folder` .* holds a run; resume it or choose another"
+        ValueError, match="`folder` .* holds a run: resume it .* or choose another"
     ):
         fit(TINY, split, (3, 5), folder)
     with pytest.raises(ValueError, match="other settings.*learning_rate"):
@@ -297,7 +297,9 @@ def test_data_options_reach_the_loader(tmp_path, split):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("train --data no_such_folder", "no_such_folder"),
+        ("train --data no_such_folder", "no_such_folder: no such file or folder"),
+        ("train --preset amazon_bauty", "must be one of ['amazon_beauty', 'amazon_tools', "),
+        ("train --model bsarec --preset amazon_tools", "`preset` for bsarec must be one of"),
         ("train --beta 1.5", "`beta` must be in"),
         ("train --epochs -1", "`epochs` must be positive"),
         ("recommend --run . --history 1", "holds no run"),
@@ -329,6 +331,23 @@ def test_presets_are_valid_and_published_numbers_need_them():
     assert known is not None and known["NDCG@10"] == (0.04113, 0.00133)
     assert published(replace(beauty, beta=0.5), "amazon_beauty") is None
     assert published(beauty, "synthetic") is None
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        ("amazon_toys", "amazon_toys"),
+        ("ml-1m", "movielens_1m"),
+        ("reviews_Tools_and_Home_Improvement_5", "amazon_tools"),
+        ("mine", "amazon_beauty"),
+    ],
+)
+def test_whose_preset_a_dataset_gets(dataset, name):
+    assert cli.parse(["train"]).preset_name(dataset) == name
+    config = cli.parse(["train"]).config("adamw", dataset)
+    assert config == preset("sasrec", name, "adamw", streams=1)
+    asked = cli.parse(["train", "--preset", "movielens_1m"]).config("adamw", dataset)
+    assert asked == preset("sasrec", "movielens_1m", "adamw", streams=1)
 
 
 def test_results_table_shows_published_numbers(finished):
