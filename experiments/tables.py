@@ -1,5 +1,6 @@
 """Tables from the records of runs: tests, learning curves, ablations, and what made them."""
 
+import re
 import shlex
 import statistics
 from collections import defaultdict
@@ -220,11 +221,13 @@ def overrides(config: Config, data: str) -> dict[str, Any]:
 def name_of(run: Records) -> str:
     """The optimizer's label and what is not as in the preset: `sevo_adamw, beta 0.5`.
 
-    Of an ablation's arm, the name that it has there.
+    Of an ablation's arm, the name that it has there, and in brackets what was given to the
+    ablation but not to this arm: of what SEvo alone has, an arm without it gets nothing.
     """
-    if arm := _arm(run):
-        return arm["arm"]
     config = config_of(run)
+    if arm := _arm(run):
+        own = {k: v for k, v in vars(config).items() if arm["given"].get(k, v) != v}
+        return arm["arm"] + (f" ({with_given('', own)[2:]})" if own else "")
     changed = overrides(config, data_of(run))
     changed.pop("placement", None)  # part of the label
     return ", ".join([config.label, *(f"{k} {v}" for k, v in changed.items())])
@@ -261,10 +264,12 @@ def place_of(run: Records) -> tuple[str, str, str]:
     return data_of(run), config_of(run).model, ablation_of(run)
 
 
-def sort_key(run: Records) -> tuple[tuple[str, str, str], int, bool, str]:
+def sort_key(run: Records) -> tuple[Any, ...]:
     """Orders runs by dataset and model, those without SEvo first; then ablations by arm."""
     sevo = config_of(run).optimizer.startswith("sevo_")
-    return place_of(run), _arm(run).get("order", 0), sevo, name_of(run)
+    parts = re.split(r"(\d+)", name_of(run))  # arms of several commands: 4 before 16
+    numbers = [int(part) if part.isdigit() else part for part in parts]
+    return place_of(run), _arm(run).get("order", 0), sevo, numbers
 
 
 def by_epoch(run: Records, kind: str, name: str) -> dict[int, list[float]]:

@@ -10,6 +10,7 @@ import pytest
 from experiments import cli
 from experiments.config import preset
 from experiments.report import BEGIN, END, keep, write_report
+from experiments.tables import name_of, sort_key
 
 CONFIG = preset("sasrec", "amazon_beauty", "sevo_adamw", beta=0.5)
 
@@ -104,7 +105,8 @@ def test_arms_of_an_ablation_have_a_table_of_their_own(runs, tmp_path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     # In the order of the ablation, not of the names.
     for order, (arm, factor) in enumerate({"wide": 1.0, "narrow": 1.5}.items()):
-        note = {"name": "graph", "arm": arm, "order": order, "given": {"epochs": 2}}
+        given = {"epochs": 2, "smooth_start": 0.9}  # which only one of the arms knows
+        note = {"name": "graph", "arm": arm, "order": order, "given": given}
         note["arms"] = ["wide", "narrow", "not run"]
         folder = runs / "beauty-sasrec-graph" / "program_0" / arm
         folder.mkdir(parents=True)
@@ -112,24 +114,45 @@ def test_arms_of_an_ablation_have_a_table_of_their_own(runs, tmp_path):
             for record in records:
                 if "config" in record:
                     score = {"NDCG@10": factor * record["NDCG@10"]}
-                    record = record | score | {"ablation": note}
+                    config = record["config"] | {"epochs": 2}
+                    config["smooth_start"] = 0.9 if arm == "narrow" else 0.0
+                    record = record | score | {"ablation": note, "config": config}
                 file.write(json.dumps(record) + "\n")
     pages = [tmp_path / "a.md", tmp_path / "b.md"]
     assert write_report([runs], pages[0]) == 3
-    main, _, ablation = pages[0].read_text().partition("### graph, epochs 2: sasrec on ")
+    main, _, ablation = (
+        pages[0].read_text().partition("### graph, epochs 2, smooth_start 0.9: ")
+    )
     assert "| sevo_adamw, beta 0.5 | 2 |" in main and "wide" not in main
     rows = [line.split("|")[1:-1] for line in ablation.splitlines() if line.startswith("|")]
     first, second = ([cell.strip() for cell in row] for row in rows[2:])
-    assert (first[0], first[6], first[7]) == ("wide", "0.0400 ± 0.0141", "+0.0 %")
+    assert (first[6], first[7]) == ("0.0400 ± 0.0141", "+0.0 %")
+    assert first[0] == "wide (smooth_start 0.0)"
     assert (second[0], second[6], second[7]) == ("narrow", "0.0600 ± 0.0212", "+50.0 %")
     command = "python -m experiments ablate graph --data amazon_beauty --model sasrec"
     assert (
-        ablation.count(f"`{command} --seeds 0 1 --epochs 2 --arms wide narrow 'not run'`") == 1
+        ablation.count(
+            f"`{command} --seeds 0 1 --epochs 2 --smooth-start 0.9 --arms wide narrow 'not run'`"
+        )
+        == 1
     )
     keep([runs], tmp_path / "results")
     assert (tmp_path / "results" / "beauty-sasrec-graph" / "narrow.jsonl").exists()
     write_report([tmp_path / "results"], pages[1])
     assert pages[0].read_text() == pages[1].read_text()
+
+
+def test_arms_of_several_commands_stand_in_the_order_of_their_numbers(runs):
+    path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
+    run = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def arm(name):
+        note = {"name": "every", "arm": name, "order": 0, "given": {}, "arms": [name]}
+        return [record | {"ablation": note} for record in run]
+
+    arms = [arm(name) for name in ("every 16", "adamw", "every 4", "every 1024")]
+    ordered = [name_of(one) for one in sorted(arms, key=sort_key)]
+    assert ordered == ["adamw", "every 4", "every 16", "every 1024"]
 
 
 def test_who_gains(runs, tmp_path):
