@@ -5,7 +5,7 @@ moment correction) train in one compiled program; others form a program each.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -73,7 +73,7 @@ def layers(make: Make) -> dict[str, Config]:
 def graph(make: Make) -> dict[str, Config]:
     """Fig. 4: which items of a sequence make edges, how far apart, and how they weigh."""
     arms = {f"last K={window}": make("sevo_adamw", graph_window=window) for window in (5, 10)}
-    arms["last K=50"] = make("sevo_adamw")
+    arms["last K=50"] = make("sevo_adamw", graph_window=50)
     arms["first K=10"] = make("sevo_adamw", graph_keep="first", graph_window=10)
     for distance in (2, 3, 4, 5):
         for weighting in ("inverse_distance", "count"):
@@ -188,16 +188,16 @@ def ablate(options: Ablate, console: Console | None = None) -> dict[str, Result]
     if options.name in study.STUDIES:
         study.run(options, console)
         return {}
-    arms, dataset, split = arms_of(options)
+    arms, places, dataset, split = arms_of(options)
     out = options.out or Path("runs") / f"{dataset.name}-{options.model}-{options.name}"
     done: dict[str, Result] = {}
     asked = {"name": options.name, "given": options.given(), "arms": list(options.arms)}
     notes = {
-        _folder(arm): {"ablation": {**asked, "arm": arm, "order": order}}
-        for order, arm in enumerate(arms)
+        _folder(arm): {"ablation": {**asked, "arm": arm, "order": places[arm]}} for arm in arms
     }
     teacher = None
-    for number, group in enumerate(programs(arms)):
+    ordered = sorted(programs(arms), key=lambda group: TEACHER not in group)
+    for number, group in enumerate(ordered):
         with show(console, ", ".join(group), next(iter(group.values()))) as report:
             results = fit_sweep(
                 {_folder(label): config for label, config in group.items()},
@@ -205,6 +205,7 @@ def ablate(options: Ablate, console: Console | None = None) -> dict[str, Result]
                 options.seeds,
                 out / f"program_{number}",
                 source=options.data,
+                data_options=options.data_options(),
                 resume=options.resume,
                 report=report,
                 notes=notes,
@@ -233,8 +234,8 @@ def _table(name: str, results: dict[str, Result]) -> Table:
     return table
 
 
-def arms_of(options: Ablate) -> tuple[dict[str, Config], Any, Any]:
-    """The settings that an ablation compares, and the data they train on."""
+def arms_of(options: Ablate) -> tuple[dict[str, Config], dict[str, int], Any, Any]:
+    """The settings that an ablation compares, the places of all, and the data they train on."""
     if options.name not in ABLATIONS:
         names = (*ABLATIONS, *study.STUDIES)
         raise ValueError(f"`name` must be one of {names}, got {options.name!r}.")
@@ -246,12 +247,23 @@ def arms_of(options: Ablate) -> tuple[dict[str, Config], Any, Any]:
         return preset(options.model, name, optimizer, **given)
 
     arms = ABLATIONS[options.name](make)
-    chosen: Sequence[str] = options.arms or tuple(arms)
-    if unknown := set(chosen) - set(arms):
+    places = {label: place for place, label in enumerate(arms)}
+    chosen = set(options.arms or arms)
+    if unknown := chosen - set(arms):
         raise ValueError(f"`arms` must be of {tuple(arms)}, got {sorted(unknown)}.")
-    if TEACHER not in chosen and any(arms[label].has_teacher for label in chosen):
-        chosen = (TEACHER, *chosen)
-    arms = {label: arms[label] for label in chosen}
+    if any(arms[label].has_teacher for label in chosen):
+        chosen.add(TEACHER)
+    arms = {label: config for label, config in arms.items() if label in chosen}
+    for label, config in arms.items():
+        for key, value in options.given_to(config.optimizer).items():
+            # Of fewer users there are more epochs.
+            derived = options.name == "users" and key in ("epochs", "eval_every")
+            if getattr(config, key) != value and not derived:
+                raise ValueError(
+                    f"`{key}` is {getattr(config, key)} in the arm {label!r} of "
+                    f"{options.name}, but {value} was given. Leave it out, or choose `arms`."
+                )
+    options.check_given(arms.values())
     if any(config.graph == "attributes" for config in arms.values()):
         dataset.known_attributes()  # missing ones shall not come to light after hours
-    return arms, dataset, split
+    return arms, places, dataset, split

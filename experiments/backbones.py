@@ -227,7 +227,7 @@ def _steps(
             return learning_rate * shape(count)
 
     psi: Any = {
-        "tables": _tables(config),
+        "tables": tables_of(config),
         "beta": beta * np.linspace(0, 1, config.dim) if config.beta_ramp else beta,
         "num_layers": config.num_layers,
         "method": config.method,
@@ -275,7 +275,7 @@ def _steps(
     return optax.chain(*first, after) if first else after
 
 
-def _tables(config: Config) -> str | tuple[str, ...]:
+def tables_of(config: Config) -> str | tuple[str, ...]:
     """The tables that SEvo smooths."""
     if config.graph == "users_items":
         return ("user_embedding", TABLE)
@@ -288,7 +288,7 @@ def smooth_tables(module: Any, config: Config, adjacency: Adjacency) -> None:
     What is drawn at random differs between neighbours as much as between any two rows. Each
     table keeps the spread that it was drawn with.
     """
-    tables = _tables(config)
+    tables = tables_of(config)
     params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
     psi = sevo(adjacency, tables=tables, beta=config.smooth_start, num_layers=config.num_layers)
     smoothed, _ = psi.update(params, psi.init(params))

@@ -63,6 +63,8 @@ def _run(command: Command) -> None:
 
         if command.keep:
             keep(command.runs, command.keep)
+        if not command.runs:
+            raise ValueError("`runs` must name at least one folder.")
         ours = command.runs == Report().runs  # the records that the repository keeps
         page = command.page or (Path() if ours else command.runs[0]) / "RESULTS.md"
         print(f"{page}: tables of {write_report(command.runs, page)} runs")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.config import PRESETS, Config, Optimizer, preset
+from experiments.config import PRESETS, SEVO_ONLY, Config, Optimizer, preset
 from experiments.per_user import UserRanks, align, combine, per_user, read_ranks
 from experiments.report import SEEDS
 from experiments.statistics import (
@@ -22,9 +22,6 @@ from experiments.statistics import (
 from experiments.tables import Records, config_of, data_of, name_of, sort_key
 
 _RATES = {"learning_rate", "weight_decay", "b1", "b2", "eps", "momentum"}
-_SEVO = {"placement", "beta", "num_layers", "method", "rescale", "correct_moments"}
-_SEVO |= {"isolated", "switch_at", "graph"}
-_SEVO |= {"graph_window", "graph_distance", "graph_weighting", "graph_keep"}
 
 
 class Run(NamedTuple):
@@ -148,7 +145,7 @@ def _comparable(first: Run, second: Run) -> bool:
     ignored = {"optimizer"}
     if _base(first) != _base(second):
         ignored |= _RATES
-    ignored |= {"placement"} if _has_sevo(first) == _has_sevo(second) else _SEVO
+    ignored |= {"placement"} if _has_sevo(first) == _has_sevo(second) else set(SEVO_ONLY)
     one, other = asdict(first.config), asdict(second.config)
     return all(one[name] == other[name] for name in one.keys() - ignored)
 

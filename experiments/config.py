@@ -27,12 +27,33 @@ _FRACTIONS = (
     "attention_dropout_rate",
     "smooth_start",
     "label_smoothing",
-    "gbce_t",
     "switch_at",
     "average_decay",
 )
 
+# What SEvo alone has.
+SEVO_ONLY = (
+    "placement",
+    "switch_at",
+    "beta",
+    "beta_ramp",
+    "num_layers",
+    "smooth_every",
+    "smooth_start",
+    "method",
+    "rescale",
+    "correct_moments",
+    "touched",
+    "isolated",
+    "graph",
+    "graph_window",
+    "graph_distance",
+    "graph_weighting",
+    "graph_keep",
+    "graph_max_items",
+)
 _MAY_BE_ZERO = (
+    "gbce_t",
     "weight_decay",
     "num_layers",
     "epochs",
@@ -137,9 +158,10 @@ class Config:
                 f"`windows` of {self.model} must be last, prefixes or whole, got "
                 f"{self.windows!r}."
             )
-        for name in ("train_users", "distil_slots"):
+        for name in ("train_users", "distil_slots", "gbce_t", "mask_prob", "filter_weight"):
             if getattr(self, name) > 1:
-                raise ValueError(f"`{name}` must be in (0, 1], got {getattr(self, name)}.")
+                least = "[0" if name in _MAY_BE_ZERO else "(0"
+                raise ValueError(f"`{name}` must be in {least}, 1], got {getattr(self, name)}.")
         if self.pvn_weight and self.model != "stosa":
             raise ValueError(f"`pvn_weight` is for stosa alone, got it for {self.model}.")
         if self.cosine_scale and self.model not in ("sasrec", "gru4rec", "bsarec"):
@@ -171,16 +193,52 @@ class Config:
                 f'`distil` "{self.distil}" needs a `loss` with negatives for each target (bce, '
                 f"bpr, gbce), got {self.loss!r}."
             )
+        if self.graph == "users_items" and self.model != "mf":
+            raise ValueError(f'`graph` "users_items" is for mf alone, got it for {self.model}.')
         if self.touched == "batch" and (
-            self.optimizer not in ("sevo_adam", "sevo_adamw")
+            self.optimizer != "sevo_adamw"
+            or not self.correct_moments
             or self.placement == "gradient"
             or self.graph == "users_items"
         ):
             raise ValueError(
-                '`touched` "batch" is for the moments of sevo_adam and sevo_adamw on a table '
-                f"of items; got it for {self.optimizer!r}, placement {self.placement!r} and "
-                f"graph {self.graph!r}."
+                '`touched` "batch" is for the corrected moments of sevo_adamw on a table of '
+                f"items; got it for {self.optimizer!r}, `correct_moments` "
+                f"{self.correct_moments}, placement {self.placement!r}, graph {self.graph!r}."
             )
+
+    def without_effect(self) -> set[str]:
+        """The settings that change nothing, as others do not let them."""
+        sevo, sgd = self.optimizer.startswith("sevo_"), self.optimizer.endswith("sgd")
+        ranked = self.model not in _FIXED  # by `objectives.NextItem`
+        needed = dict.fromkeys(SEVO_ONLY, sevo) | {
+            "switch_at": self.placement == "switch",
+            "num_layers": sevo and (self.method != "exact" or self.smooth_start > 0),
+            "rescale": sevo and self.method == "neumann",
+            "correct_moments": self.optimizer == "sevo_adamw" and self.placement != "gradient",
+            "graph_max_items": sevo and self.graph == "attributes",
+            "momentum": sgd,
+            "b1": not sgd,
+            "b2": not sgd,
+            "eps": not sgd,
+            "num_negatives": ranked and self.loss != "cross_entropy",
+            "label_smoothing": ranked and self.loss == "cross_entropy",
+            "gbce_t": ranked and self.loss == "gbce",
+            "pvn_weight": self.model == "stosa" and self.loss in ("bce", "bpr"),
+            "mask_prob": self.model == "bert4rec",
+            "distil_weight": self.distil != "none",
+            "distil_slots": self.distil in ("kd", "dkd"),
+            "num_blocks": self.model not in ("gru4rec", "mf"),
+            "num_heads": self.model in ("sasrec", "bert4rec", "stosa", "bsarec"),
+            "dropout_rate": self.model not in ("mf", "lightgcn"),
+            "attention_dropout_rate": self.model in ("stosa", "bsarec"),
+            "filter_weight": self.model == "bsarec",
+            "filter_cutoff": self.model == "bsarec",
+            "fixed": self.model == "stosa",
+        }
+        for name in ("graph_window", "graph_distance", "graph_weighting", "graph_keep"):
+            needed[name] = sevo and self.graph == "items"
+        return {name for name, is_needed in needed.items() if not is_needed}
 
     @property
     def has_teacher(self) -> bool:

@@ -7,6 +7,7 @@ sequence may be trained on and which positions are held out for ranking.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -314,6 +315,14 @@ class Split:
     @property
     def num_train(self) -> int:
         return len(self.train[0])
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell this split of this data from others."""
+        digest = hashlib.sha256()
+        splits = self.dataset.row_splits
+        for array in (self.dataset.values, splits, self.train_end, self.valid, self.test):
+            digest.update(array.tobytes() + b".")
+        return digest.hexdigest()[:16]
 
     def with_train_users(self, fraction: float) -> Split:
         """The split that trains on a share of the users alone, and ranks for all as before.

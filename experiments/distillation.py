@@ -95,10 +95,10 @@ class Distilled(NextItem):
         self, module: Any, batch: Batch, dropout_key: jax.Array, context: Any = None
     ) -> jax.Array:
         teacher = nnx.merge(self.teacher, context)
+        dropout_key, key = jax.random.split(dropout_key)
         states, items = self.forward(module, batch, dropout_key)
         teachers, their_items = self.forward(teacher, batch, None)
         loss = self.against(module, batch, states, items)
-        key = jax.random.fold_in(dropout_key, 1)
         if self.distil in ("kd", "dkd"):
             chosen = self.slots(key, batch.weights)
             sides = (module, states), (teacher, teachers)

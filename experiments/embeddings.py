@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 
-from experiments.backbones import BACKBONES
+from experiments.backbones import tables_of
 from experiments.config import Config, preset
 from experiments.dataset import Attributes, Split
 from experiments.main_job import split_of
@@ -141,12 +141,11 @@ def trained(
       The epoch, and the rows of the items `[len(betas), len(seeds), num_items, dim]`; of a
       model with two tables, those of the first.
     """
-    backbone = BACKBONES[config.model]
     trainer = make_trainer(config, split, swept=("beta",))
     strengths = [beta for beta in betas for _ in seeds]
     state = start(trainer, [*seeds] * len(betas), {"beta": strengths})
     one = jax.tree.map(lambda leaf: leaf[0], state.params)
-    mask = table_mask(one, backbone.tables, trainer.graph.num_nodes)
+    mask = table_mask(one, tables_of(config), trainer.graph.num_nodes)
 
     for epoch in range(config.epochs + 1):
         if epoch:

@@ -1,7 +1,9 @@
 """The main job: train every optimizer asked for, show how it goes, compare at the end."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,7 +41,13 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
         console.print(f"left out: {count:,} interactions ({reason})")
     usual = options.preset_name(dataset.name)
     console.print(f"settings that are not given: those of {options.model} on {usual}")
-    configs = [options.config(optimizer, dataset.name) for optimizer in options.optimizers]
+    asked = options.optimizers
+    if not asked or len(set(asked)) < len(asked):
+        raise ValueError(f"`optimizers` must be at least one, each once, got {asked}.")
+    configs = [options.config(optimizer, dataset.name) for optimizer in asked]
+    options.check_given(configs)
+    if options.graph == "attributes":
+        dataset.known_attributes()  # missing ones shall not come to light after hours
     results = []
     for config in configs:
         folder = out / config.label
@@ -51,6 +59,7 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
                     options.seeds,
                     folder,
                     source=options.data,
+                    data_options=options.data_options(),
                     resume=options.resume,
                     report=report,
                     mesh=mesh,
@@ -59,7 +68,8 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
         if first:
             plot_run(folder)
         console.print(f"{config.label}: records, checkpoint and curves.png are in {folder}")
-    console.print(results_table(results, dataset.name))
+    sizes = {"items": dataset.num_items, "train": split.num_train}
+    console.print(results_table(results, {"name": dataset.name, **sizes}))
     return results
 
 
@@ -84,6 +94,9 @@ def split_of(options: Job) -> tuple[Dataset, Split]:
 
 def load_data(options: Job) -> Dataset:
     if options.data == "synthetic":
+        asked = replace(options, preset=None, split_times=None).data_options()
+        if asked:
+            raise ValueError(f"`data` synthetic is generated and takes no {asked}.")
         return synthetic()
     return load(
         options.data,
@@ -151,17 +164,23 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def results_table(results: list[Result], dataset: str) -> Table:
-    """Test metrics, mean and spread over seeds, beside published ones and the gain."""
+def results_table(results: list[Result], data: dict[str, Any]) -> Table:
+    """Test metrics, mean and spread over seeds, beside published ones and the gain.
+
+    Args:
+      results: of runs on the same data.
+      data: its `name`, and the numbers of `items` and of interactions to `train` on.
+    """
     columns: dict[str, list[str]] = {}
-    base = next((r for r in results if not r.config.optimizer.startswith("sevo_")), None)
+    plain = {result.config.optimizer: result for result in results}
     for result in results:
         label = result.config.label
         columns[label] = [spread(result.test[name]) for name in METRICS]
         columns[label].append(" ".join(map(str, result.best_epoch)))
-        if known := published(result.config, dataset):
+        if known := published(result.config, data):
             columns[f"published {label}"] = [_published(known.get(name)) for name in METRICS]
-        if base is not None and result.config.optimizer == f"sevo_{base.config.optimizer}":
+        base = plain.get(result.config.optimizer.removeprefix("sevo_"), result)
+        if base is not result:
             means = [(result.test[n].mean(), base.test[n].mean()) for n in METRICS]
             columns[f"gain over {base.config.label}"] = [
                 f"{ours / theirs - 1:+.1%}" if theirs else "-" for ours, theirs in means

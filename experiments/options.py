@@ -1,5 +1,7 @@
 """The options of the commands; their docstrings are the help texts."""
 
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -130,6 +132,29 @@ class Job:
         """Whose settings those are that were not given."""
         return preset_name(self.model, dataset, self.preset)
 
+    def data_options(self) -> str:
+        """The options beside `--data` that chose the data and the preset, as they are typed."""
+        names = ("preset", "data_format", "columns", "items", "min_rating", "repeats", "k_core")
+        parts = []
+        for name in (*names, "split_times"):
+            value = getattr(self, name)
+            if value == getattr(Job(), name):
+                continue
+            if isinstance(value, dict):
+                value = tuple(part for pair in value.items() for part in pair)
+            words = value if isinstance(value, tuple) else (value,)
+            parts += [f"--{name.replace('_', '-')}", *map(str, words)]
+        return shlex.join(parts)
+
+    def check_given(self, configs: Iterable[Config]) -> None:
+        """Refuses a setting that was given and changes nothing in any of `configs`."""
+        idle = set.intersection(*(config.without_effect() for config in configs))
+        if idle := sorted(idle & self.given().keys()):
+            raise ValueError(
+                f"`{idle[0]}` changes nothing with the other settings (model {self.model}); "
+                "leave it out."
+            )
+
     def given(self) -> dict[str, Any]:
         """The settings that were given."""
         names = {one.name for one in fields(Config)} & {one.name for one in fields(self)}
@@ -140,7 +165,7 @@ class Job:
         """The settings that were given, but for what only SEvo has where there is none."""
         known = self.given()
         if not optimizer.startswith("sevo_"):
-            for name in ("placement", "smooth_every", "smooth_start"):
+            for name in ("placement", "smooth_every", "smooth_start", "touched"):
                 known.pop(name, None)
         return known
 

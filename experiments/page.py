@@ -30,6 +30,7 @@ from experiments.tables import (
     config_of,
     curves_table,
     data_of,
+    described,
     gain,
     name_of,
     overrides,
@@ -122,7 +123,10 @@ def _gains(pairs: Iterable[Comparison], command: str) -> str:
         if pair.baseline == "other":
             continue
         first, second = pair.first, pair.second
-        known = [published(run.config, run.data) for run in (first, second)]
+        known = [
+            published(run.config, {"name": run.data, **dict(run.sizes)})
+            for run in (first, second)
+        ]
         claimed = known[0] and known[1] and gain(known[0][METRIC][0], known[1][METRIC][0])
         rows.append(
             [
@@ -213,7 +217,7 @@ def _figures(title: str, runs: list[Records], command: str) -> str:
     official = {}
     for run in shown:
         config, data = config_of(run), data_of(run)
-        if config.optimizer == "sevo_adamw" and published(config, data):
+        if config.optimizer == "sevo_adamw" and published(config, described(run)):
             official = CURVES.get((config.model, data), {})
     losses = {epoch: (loss, loss) for epoch, (loss, _, _) in official.items()}
     valid = {e: (low, high) for e, (_, low, high) in official.items() if low and high}

@@ -1,5 +1,6 @@
 """Per-user ranks of finished runs: read, aligned, and measured by kind of target or user."""
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,8 +30,11 @@ class Bucket(NamedTuple):
 
 def read_ranks(path: str | Path) -> UserRanks:
     """The per-user ranks that a run keeps in its `ranks.npz`."""
-    with np.load(path) as held:
-        found = {name: held[name] for name in held.files}
+    try:
+        with Path(path).open("rb") as file, np.load(file) as held:
+            found = {name: held[name] for name in held.files}
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"`path` {path} is not whole: {error}.") from None
     missing = {"seeds", "users", "above", "ties"} - set(found)
     if missing:
         raise ValueError(f"`path` {path} lacks {sorted(missing)}.")

@@ -1,6 +1,8 @@
 """Published test metrics, to stand beside measured ones."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from experiments.config import Config, preset
 
@@ -284,13 +286,31 @@ CURVES: dict[tuple[str, str], dict[int, tuple[float, float | None, float | None]
 }
 
 
-def published(config: Config, dataset: str) -> dict[str, tuple[float, float | None]] | None:
+# Items, and interactions to train on, of the data that the published numbers are of.
+_SIZES = {
+    "amazon_beauty": (12_101, 153_776),
+    "amazon_toys": (11_924, 128_773),
+    "amazon_tools": (10_217, 101_200),
+    "movielens_1m": (3_416, 987_531),
+}
+
+
+def published(
+    config: Config, data: Mapping[str, Any]
+) -> dict[str, tuple[float, float | None]] | None:
     """Mean and spread of the published metrics of a run, or None where there are none.
 
     There are some only for the settings of the presets, trained with SEvo-AdamW or Adam.
+
+    Args:
+      config: of the run.
+      data: what its records say of the data: `name`, `items` and `train` must be those of the
+        published runs, so that no other split or filter is taken for theirs.
     """
-    key = (config.model, dataset)
-    if replace(config, streams=1) != preset(config.model, dataset, config.optimizer):
+    key = (config.model, data["name"])
+    if replace(config, streams=1) != preset(*key, config.optimizer):
+        return None
+    if (data.get("items"), data.get("train")) != _SIZES.get(data["name"]):
         return None
     if config.optimizer == "sevo_adamw" and key in _SEVO:
         return dict(zip(_NAMES, zip(*_SEVO[key], strict=True), strict=True))
@@ -312,9 +332,19 @@ _DISTILLED = {
 }
 
 
-def published_arm(ablation: str, model: str, dataset: str, arm: str) -> dict[str, float] | None:
-    """The published means of an ablation's arm, or None where there are none."""
-    if (ablation, model, dataset) != ("distillation", "sasrec", "amazon_beauty"):
+def published_arm(
+    ablation: str, model: str, data: Mapping[str, Any], arm: str, given: Mapping[str, Any]
+) -> dict[str, float] | None:
+    """The published means of an ablation's arm, or None where there are none.
+
+    Args:
+      ablation, model, arm: names.
+      data: see `published`.
+      given: settings that were not the preset's; with any, nothing published compares.
+    """
+    place = ablation, model, data["name"], data.get("items"), data.get("train")
+    known = "distillation", "sasrec", "amazon_beauty", *_SIZES["amazon_beauty"]
+    if given or place != known:
         return None
     return dict(zip(_NAMES, _DISTILLED[arm], strict=True))
 

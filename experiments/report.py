@@ -5,6 +5,7 @@ outside of the generated part and is left as it is.
 """
 
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +21,7 @@ from experiments.tables import (
     bucket_tables,
     command_of,
     commands,
+    config_of,
     curves_table,
     place_of,
     sort_key,
@@ -104,6 +106,7 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
     Tests stay whole, but for the folders that the data lay in; of the curves, epochs 1, 5, 10
     and every 20th stay, without the settings, which each test repeats. A run
     `DATA-MODEL/OPTIMIZER` becomes one file of that name, and so does an arm of an ablation.
+    Seeds of one configuration that were trained apart, in folders of these names, are joined.
     Studies are copied with their pictures.
     """
     for path, _ in study.read(folders):
@@ -111,10 +114,24 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         for part in (path, *path.parent.glob("*.png")):
             shutil.copyfile(part, target / part.name)
+    parts: dict[Path, list[tuple[Path, Records]]] = defaultdict(list)
     for path, run in tested(folders):
+        if Path(into).resolve() in path.resolve().parents:
+            continue  # what is kept stays
         # An arm of an ablation lies one folder deeper, in that of its compiled program.
         place = path.parents[2 if ablation_of(run) else 1].name
-        target = Path(into) / place / f"{path.parent.name}.jsonl"
+        parts[Path(into) / place / f"{path.parent.name}.jsonl"].append((path, run))
+    for target, found in parts.items():
+        # Seeds that were trained apart are kept together.
+        (first, run), *others = found
+        for path, other in others:
+            same = config_of(run) == config_of(other) and ablation_of(run) == ablation_of(other)
+            if not same or {r["seed"] for r in run} & {r["seed"] for r in other}:
+                raise ValueError(
+                    f"{first} and {path} would both be kept as {target}, but have other "
+                    "settings or a seed in common. Rename their folders."
+                )
+            run = run + other
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         records.append(target, filter(None, map(_thin, run)))
@@ -125,7 +142,7 @@ def tested(folders: Iterable[str | Path]) -> Iterator[tuple[Path, Records]]:
     for folder in folders:
         for path in sorted(Path(folder).rglob("*.jsonl")):
             run = records.read(path)
-            if any(record["kind"] == "test" for record in run):
+            if any(record.get("kind") == "test" for record in run):
                 yield path, run
 
 

@@ -39,7 +39,7 @@ from experiments.backbones import (
 )
 from experiments.batching import training_data
 from experiments.config import Config
-from experiments.dataset import Dataset, Split
+from experiments.dataset import Split
 from experiments.distillation import distilled, teacher_graph
 from experiments.mesh import MeshTrainer, Streams, check_mesh, split_graph, trim
 from experiments.per_user import bucket_metrics, history_lengths, target_popularity
@@ -195,6 +195,7 @@ def fit(
     folder: str | Path,
     *,
     source: str = "",
+    data_options: str = "",
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     mesh: Mesh | None = None,
@@ -207,8 +208,11 @@ def fit(
       seeds: distinct integers; they train in one compiled program.
       folder: where the run is kept; made if missing.
       source: where the data came from, for the records.
+      data_options: how it was chosen from there, as `train` takes it on the command line.
       resume: go on from the folder's newest checkpoint. Without it, a folder that holds a run
-        is an error. The settings must be the same; only `epochs` may differ.
+        is an error. Data and settings must be the same. `epochs` alone may be more, unless the
+        schedule or the placement depends on it; the validation after what was the last epoch
+        then stays, whatever `eval_every`.
       report: called after every epoch, and once before the first.
       mesh: devices to train on, see `experiments.mesh`; a run may go on on others. Of several
         processes all call this, see the same folder, and the first writes.
@@ -223,6 +227,7 @@ def fit(
         seeds,
         folder,
         source=source,
+        data_options=data_options,
         resume=resume,
         report=report,
         mesh=mesh,
@@ -237,6 +242,7 @@ def fit_sweep(
     folder: str | Path,
     *,
     source: str = "",
+    data_options: str = "",
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     notes: Mapping[str, dict[str, Any]] | None = None,
@@ -248,14 +254,16 @@ def fit_sweep(
     Args:
       configs: settings by name, which differ in the optimizer's `backbones.SWEPT` alone. Each
         is kept in the folder of its name below `folder`.
-      split, seeds, folder, source, resume, report, mesh: see `fit`; `report` gets arrays
-        `[len(configs) * len(seeds)]`, the seeds of a setting next to each other.
+      split, seeds, folder, source, data_options, resume, report, mesh: see `fit`; `report`
+        gets arrays `[len(configs) * len(seeds)]`, the seeds of a setting next to each other.
       notes: by name, what the records of a setting's evaluations say besides.
       teacher: see `make_trainer`.
     """
     seeds = tuple(seeds)
     if len(set(seeds)) != len(seeds) or not seeds:
         raise ValueError(f"`seeds` must be distinct and at least one, got {seeds}.")
+    if not all(0 <= seed < 2**31 for seed in seeds):
+        raise ValueError(f"`seeds` must be from 0 to 2**31 - 1, got {seeds}.")
     folder = Path(folder)
     config, *others = configs.values()
     swept = [
@@ -273,16 +281,18 @@ def fit_sweep(
     (valid_data, test_data), num_slots = ranking_data(
         parts, max_length=config.max_length - trainer.objective.num_queries
     )
-    # Only now: data that cannot be trained on or ranked must not leave a folder behind.
-    _claim(folder, configs, split.dataset, seeds, source, resume)
     runs = [(label, seed) for label in configs for seed in seeds]
     values = {name: [getattr(configs[label], name) for label, _ in runs] for name in swept}
     state = start(trainer, [seed for _, seed in runs], values)
+    # Only now: what cannot be trained or ranked must not leave a folder behind.
+    data = {"name": split.dataset.name, "source": source}
+    data |= {"options": data_options} if data_options else {}
+    _claim(folder, configs, split, seeds, data, resume)
     logs = [
         records.Log(
             folder / label,
             seeds,
-            _described(one, split, seeds, source) | (notes or {}).get(label, {}),
+            _described(one, split, seeds, data) | (notes or {}).get(label, {}),
         )
         for label, one in configs.items()
     ]
@@ -302,6 +312,11 @@ def fit_sweep(
         progress = Progress.start(len(runs))
         if resume and manager.latest_step() is not None:
             state, progress = _restore(manager, state)
+            if progress.epoch > config.epochs:
+                raise ValueError(
+                    f"`epochs` is {config.epochs}, but the run in {folder} has come to epoch "
+                    f"{progress.epoch} already."
+                )
         for one, length in zip(logs, progress.records_bytes or [0] * len(logs), strict=True):
             one.truncate(length)
         started = time.perf_counter() - progress.seconds
@@ -340,15 +355,12 @@ def fit_sweep(
     results = []
     for i, (label, one) in enumerate(configs.items()):
         part = slice(i * len(seeds), (i + 1) * len(seeds))
-        logs[i].flush()
         ranks = {name: values[part] for name, values in best_ranks._asdict().items()}
         if jax.process_index() == 0:
-            np.savez_compressed(
-                folder / label / "ranks.npz",
-                seeds=seeds,
-                users=parts[1].users,
-                **ranks,
-            )
+            temporary = folder / label / "ranks.tmp.npz"
+            np.savez_compressed(temporary, seeds=seeds, users=parts[1].users, **ranks)
+            temporary.replace(folder / label / "ranks.npz")
+        logs[i].flush()  # the tests, which make it a finished run
         best, newest = ({k: v[part] for k, v in found.items()} for found in (test, last))
         results.append(
             Result(one, seeds, best, newest, progress.best_epoch[part], progress.seconds)
@@ -392,18 +404,20 @@ def load_run(folder: str | Path, seed: int | None = None) -> tuple[Any, np.ndarr
 def _claim(
     folder: Path,
     configs: Mapping[str, Config],
-    dataset: Dataset,
+    split: Split,
     seeds: tuple[int, ...],
-    source: str,
+    data: dict[str, str],
     resume: bool,
 ) -> None:
     """Makes the folder of each setting, or checks that it holds the run to resume."""
+    dataset = split.dataset
     counts = {"users": dataset.num_users, "items": dataset.num_items}
+    held_out = {"fingerprint": split.fingerprint()}
     wanted = {
         folder / label / RUN: {
             "config": asdict(config),
             "seeds": list(seeds),
-            "data": {"name": dataset.name, "source": source} | counts,
+            "data": data | counts | held_out,
             "checkpoints": os.path.relpath(folder, folder / label),
             "first": place * len(seeds),  # of the checkpoint's runs
             "together": len(configs) * len(seeds),
@@ -434,26 +448,29 @@ def _claim(
 
 def _check_same(path: Path, wanted: dict[str, Any]) -> None:
     held = json.loads(path.read_text(encoding="utf-8"))
-    held["config"] = asdict(Config(**held["config"]))  # settings newer than the run among them
-    held, wanted = (
-        part | {"config": {k: v for k, v in part["config"].items() if k != "epochs"}}
-        for part in (held, wanted)
-    )
+    config = Config(**held["config"])
+    held["config"] = asdict(config)  # settings newer than the run among them
+    if "fingerprint" not in held["data"]:  # runs of an earlier version
+        wanted = wanted | {"data": {k: wanted["data"].get(k) for k in held["data"]}}
+    if config.schedule == "constant" and config.placement != "switch":
+        held, wanted = (
+            part | {"config": {k: v for k, v in part["config"].items() if k != "epochs"}}
+            for part in (held, wanted)
+        )
     changed = {k: (held.get(k), wanted[k]) for k in wanted if held.get(k) != wanted[k]}
     if changed:
         raise ValueError(f"`folder` {path.parent} holds a run with other settings: {changed}.")
 
 
 def _described(
-    config: Config, split: Split, seeds: tuple[int, ...], source: str
+    config: Config, split: Split, seeds: tuple[int, ...], data: dict[str, str]
 ) -> dict[str, Any]:
     """What every evaluation's record repeats, so that a line can be read alone."""
     dataset = split.dataset
     return {
         "config": asdict(config),
-        "data": {
-            "name": dataset.name,
-            "source": source,
+        "data": data
+        | {
             "users": dataset.num_users,
             "items": dataset.num_items,
             "interactions": dataset.num_interactions,

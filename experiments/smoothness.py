@@ -46,6 +46,9 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
     settings = options.given()
     betas = (settings.pop("beta"),) if "beta" in settings else BETAS
     config = preset(options.model, options.preset_name(dataset.name), "sevo_adamw", **settings)
+    for name in ("schedule", "average_decay", "smooth_every", "beta_ramp"):
+        if name in settings:
+            raise ValueError(f"`smoothness` knows no `{name}`; leave it out.")
     if config.placement != "update" or config.graph != "items":
         raise ValueError(
             "`smoothness` takes `placement` 'update' and `graph` 'items', got "

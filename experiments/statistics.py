@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+MOST_FLIPS = 24  # pairs of which `sign_flip` tries all signs
+
 
 class SeedTest(NamedTuple):
     """First minus second, paired by seed."""
@@ -21,7 +23,7 @@ class SeedTest(NamedTuple):
     low: float  # of Student's interval around it
     high: float
     p: float  # paired t-test, two-sided
-    p_exact: float  # sign-flip test, two-sided
+    p_exact: float | None  # sign-flip test, two-sided; None of more seeds than it takes
     effect: float  # Cohen's d_z
     num_seeds: int
 
@@ -59,7 +61,8 @@ def paired_t(first: np.ndarray, second: np.ndarray, *, level: float = 0.95) -> S
     p = 2 * float(stats.t.sf(abs(effect) * np.sqrt(num), num - 1))  # t is d_z sqrt(n)
     width = stats.t.ppf((1 + _fraction("level", level)) / 2, num - 1)
     half = float(width * difference.std(ddof=1) / np.sqrt(num))
-    return SeedTest(mean, mean - half, mean + half, p, sign_flip(difference), effect, num)
+    exact = sign_flip(difference) if num <= MOST_FLIPS else None
+    return SeedTest(mean, mean - half, mean + half, p, exact, effect, num)
 
 
 def sign_flip(differences: np.ndarray) -> float:
@@ -68,14 +71,16 @@ def sign_flip(differences: np.ndarray) -> float:
     The share of the 2^n ways to choose the signs whose sum is at least as far from zero.
 
     Args:
-      differences: `[n]`, at most 24 of them; more should use `paired_t` or the bootstrap.
+      differences: `[n]`, at most `MOST_FLIPS` of them.
 
     References:
       Fisher, The Design of Experiments, 1935, section 21.
     """
     values = np.asarray(differences, np.float64)
-    if values.ndim != 1 or not 1 <= len(values) <= 24:
-        raise ValueError(f"`differences` must hold 1 to 24 numbers, got shape {values.shape}.")
+    if values.ndim != 1 or not 1 <= len(values) <= MOST_FLIPS:
+        raise ValueError(
+            f"`differences` must hold 1 to {MOST_FLIPS} numbers, got shape {values.shape}."
+        )
     sums = np.zeros(1)
     for value in values:
         sums = np.concatenate([sums + value, sums - value])

@@ -7,6 +7,8 @@ beside it, `NAME.png`, becomes a figure of the HTML page.
 
 import importlib
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -43,15 +45,23 @@ def run(options: Ablate, console: Console) -> list[Finding]:
     Raises:
       ValueError: the folder holds a study already.
     """
+    seeds = options.seeds
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= s < 2**31 for s in seeds):
+        raise ValueError(f"`seeds` must be distinct, from 0 to 2**31 - 1, got {seeds}.")
+    if options.resume:
+        raise ValueError("`resume` is for runs; a study starts anew.")
     module = importlib.import_module(STUDIES[options.name])
     data = Path(options.data).stem if module.NEEDS_DATA else None
     place = f"{data}-{options.model}-{options.name}" if data else options.name
     out = options.out or Path("runs") / place
     if (out / FILE).exists():
         raise ValueError(f"`out` {out} holds a study; choose another folder.")
-    out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    findings: list[Finding] = module.study(options, out, console)
+    with tempfile.TemporaryDirectory() as folder:  # after an error nothing is left
+        findings: list[Finding] = module.study(options, Path(folder), console)
+        out.mkdir(parents=True, exist_ok=True)
+        for picture in Path(folder).iterdir():
+            shutil.move(picture, out / picture.name)
     seconds = time.perf_counter() - began
     for title, head, rows in findings:
         table = rich.table.Table(*head, title=title)
@@ -65,6 +75,7 @@ def run(options: Ablate, console: Console) -> list[Finding]:
         "seeds": list(options.seeds),
         "arms": list(options.arms),
         "settings": options.given(),
+        "data_options": options.data_options() if data else "",
         "seconds": round(seconds, 1),
         **records.environment(),
         "findings": [finding._asdict() for finding in findings],
@@ -94,5 +105,12 @@ def title_of(kept: dict[str, Any]) -> str:
 
 def command_of(kept: dict[str, Any]) -> str:
     """The command that makes such a study again."""
-    names = ("study", "data", "model", "seeds", "settings", "arms")
-    return ablate_command(*(kept[name] for name in names))
+    return ablate_command(
+        kept["study"],
+        kept["data"],
+        kept["model"],
+        kept["seeds"],
+        kept["settings"],
+        kept["arms"],
+        kept.get("data_options", ""),
+    )

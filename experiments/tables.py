@@ -28,7 +28,7 @@ def tests_table(runs: Iterable[Records]) -> Table:
     for run in runs:
         config, data = config_of(run), data_of(run)
         rows.append([data, config.model, name_of(run), *_scores(run), *_conditions(run)])
-        if known := published(config, data):
+        if known := published(config, described(run)):
             cells = [f"{m:.4f}" + (f" ± {s:.4f}" if s else "") for m, s in known.values()]
             rows.append(
                 [data, config.model, f"*published {config.label}*", "5", *cells, "", "", ""]
@@ -70,7 +70,8 @@ def curves_table(runs: Iterable[Records]) -> Table:
     rows = []
     for run in runs:
         config, data = config_of(run), data_of(run)
-        official = CURVES.get((config.model, data), {}) if published(config, data) else {}
+        known = published(config, described(run))
+        official = CURVES.get((config.model, data), {}) if known else {}
         if config.optimizer != "sevo_adamw":
             official = {}
         losses, valid = by_epoch(run, "epoch", "loss"), by_epoch(run, "valid", "NDCG@10")
@@ -133,7 +134,9 @@ def bucket_tables(runs: Iterable[Records]) -> Iterator[tuple[str, Table]]:
                 if r["kind"] == "bucket" and r["by"] == by:
                     found[r["low"], r["high"], r["targets"]].append(r["NDCG@10"])
             if found and set(found) == set(next(iter(columns.values()), found)):
-                columns[name_of(run)] = found
+                column = columns.setdefault(name_of(run), defaultdict(list))
+                for span, scores in found.items():  # a run may have several files
+                    column[span] += scores
         if not columns:
             continue
         rows = []
@@ -146,8 +149,8 @@ def bucket_tables(runs: Iterable[Records]) -> Iterator[tuple[str, Table]]:
 
 def _published(run: Records) -> dict[str, float] | None:
     """The published means of an ablation's arm."""
-    arm, (data, model, _) = _arm(run), place_of(run)
-    return published_arm(arm["name"], model, data, arm["arm"])
+    arm, model = _arm(run), config_of(run).model
+    return published_arm(arm["name"], model, described(run), arm["arm"], arm["given"])
 
 
 def gain(value: float, baseline: float) -> str:
@@ -174,10 +177,11 @@ def versions_of(run: Records) -> str:
 def command_of(run: Records) -> str:
     """What to type to get a run again, or the ablation that it is an arm of."""
     seeds = [r["seed"] for r in run if r["kind"] == "test"]
+    chosen = described(run).get("options", "")
     if not (arm := _arm(run)):
-        return train_command(config_of(run), data_of(run), seeds)
+        return train_command(config_of(run), data_of(run), seeds, chosen)
     data, model, _ = place_of(run)
-    return ablate_command(arm["name"], data, model, seeds, arm["given"], arm["arms"])
+    return ablate_command(arm["name"], data, model, seeds, arm["given"], arm["arms"], chosen)
 
 
 def ablate_command(
@@ -187,20 +191,25 @@ def ablate_command(
     seeds: Iterable[int],
     given: dict[str, Any],
     arms: Sequence[str],
+    data_options: str = "",
 ) -> str:
     """The `ablate` command with the settings that were given; `data` None if it needs none."""
     parts = [f"python -m experiments ablate {name}"]
-    parts += [f"--data {data}", f"--model {model}"] if data else []
+    parts += [f"--data {data}", *filter(None, [data_options])] if data else []
+    parts += [f"--model {model}"] if data else []
     parts.append(f"--seeds {' '.join(map(str, seeds))}")
     chosen = [f"--arms {shlex.join(arms)}"] if arms else []
     return " ".join(parts + _options(given) + chosen)
 
 
-def train_command(config: Config, data: str, seeds: Iterable[int]) -> str:
+def train_command(
+    config: Config, data: str, seeds: Iterable[int], data_options: str = ""
+) -> str:
     """The `train` command of a configuration, with the options that the preset lacks."""
     parts = [
         "python -m experiments train",
         f"--data {data}",
+        *filter(None, [data_options]),
         f"--model {config.model}",
         f"--optimizers {config.optimizer}",
         f"--seeds {' '.join(map(str, seeds))}",
@@ -227,7 +236,8 @@ def name_of(run: Records) -> str:
     config = config_of(run)
     if arm := _arm(run):
         own = {k: v for k, v in vars(config).items() if arm["given"].get(k, v) != v}
-        return arm["arm"] + (f" ({with_given('', own)[2:]})" if own else "")
+        note = ", ".join(f"{k} {v}" for k, v in own.items())
+        return f"{arm['arm']} ({note})" if note else arm["arm"]
     changed = overrides(config, data_of(run))
     changed.pop("placement", None)  # part of the label
     return ", ".join([config.label, *(f"{k} {v}" for k, v in changed.items())])
@@ -256,7 +266,12 @@ def config_of(run: Records) -> Config:
 
 def data_of(run: Records) -> str:
     """The name of a run's dataset."""
-    return next(r["data"]["name"] for r in run if "data" in r)
+    return described(run)["name"]
+
+
+def described(run: Records) -> dict[str, Any]:
+    """What a run's records say of its data: name, sizes, and the options that chose it."""
+    return next(r["data"] for r in run if "data" in r)
 
 
 def place_of(run: Records) -> tuple[str, str, str]:

@@ -34,7 +34,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     a multiple of 2^-16: one 32-bit random word decides two entries, which halves the cost of
     dropout on a CPU.
     """
-    keep = round((1 - rate) * 2**16)
+    keep = max(1, round((1 - rate) * 2**16))
     if key is None or keep == 2**16:
         return x
     words = jax.random.bits(key, ((x.size + 1) // 2,), jnp.uint32)

@@ -62,7 +62,9 @@ def compile_library() -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=compile_library.__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Compiles psi for this machine into the user's cache, unless it is there."
+    )
     parser.parse_args()
     try:
         print(compile_library())

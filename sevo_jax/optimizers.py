@@ -281,9 +281,9 @@ def _negative_product(
 ) -> optax.ScalarOrSchedule:
     """Minus their product, a schedule if either is one."""
 
-    def at(count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-        one = rate(count) if callable(rate) else rate
-        other = decay(count) if callable(decay) else decay
+    def at(count: Any) -> Any:
+        one: Any = rate(count) if callable(rate) else rate
+        other: Any = decay(count) if callable(decay) else decay
         return -one * other
 
     return at if callable(rate) or callable(decay) else at(0)

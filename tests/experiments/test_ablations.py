@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import cli
-from experiments.ablations import ABLATIONS, ablate, programs
+from experiments.ablations import ABLATIONS, ablate, arms_of, programs
 from experiments.backbones import SWEPT, make_graph, make_optimizer, prepare
 from experiments.config import Config, preset
 from experiments.dataset import Attributes, leave_one_out
@@ -147,6 +147,21 @@ def test_ablations_are_valid_and_share_programs(name):
         assert len(groups) == 1
     if name == "approximation":
         assert len(groups) == 2  # one for each method, over all beta
+
+
+@pytest.mark.parametrize("model", ["sasrec", "stosa"])
+def test_arms_are_what_their_names_say_and_keep_their_places(model):
+    asked = ("H=2 count", "last K=50", "last K=5")
+    arms, places, *_ = arms_of(Ablate(name="graph", model=model, arms=asked))
+    assert list(arms) == ["last K=5", "last K=50", "H=2 count"]
+    assert [places[arm] for arm in arms] == [0, 2, 5]
+    assert arms["last K=50"].graph_window == 50  # STOSA's preset has 100
+    assert arms["last K=5"].graph_window == 5
+
+
+def test_a_teacher_comes_along_and_the_student_stays_first():
+    arms, *_ = arms_of(Ablate(name="distillation", arms=("KD", "student")))
+    assert list(arms) == ["student", "teacher", "KD"]
 
 
 @pytest.mark.parametrize("model", ["sasrec", "bert4rec"])

@@ -99,6 +99,13 @@ def test_smoothing_brings_communities_together():
     assert np.abs(found[2][:, 0] - found[2][:, 1]).max() > 1e-3
 
 
+def test_users_and_items_in_one_graph():
+    split = leave_one_out(synthetic(num_users=80, num_items=60, num_communities=3))
+    config = preset("mf", "synthetic", "sevo_adamw", **SMALL, graph="users_items")
+    found = dict(embeddings.trained(config, split, (0.9,), (0,)))
+    assert {tables.shape for tables in found.values()} == {(1, 1, 60, 4)}
+
+
 def command(out, *more):
     given = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
     common = ["ablate", "embeddings", "--model", "mf", "--out", str(out)]

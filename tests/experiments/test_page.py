@@ -32,7 +32,7 @@ def write_run(folder, config, scores, data="amazon_beauty", *, ranks=False, note
         common = {"seed": seed, "epoch": 10, "seconds": 2.0}
         described = {
             "config": asdict(config),
-            "data": {"name": data, "users": USERS},
+            "data": {"name": data, "users": USERS, "items": 12_101, "train": 153_776},
             "device": "1 cpu (cpu)",
             "cores": 2,
             "num_seeds": len(scores),
@@ -99,6 +99,24 @@ def test_pairs_differ_in_the_optimizer_alone(runs):
     assert pair.users_holm == pair.over_users.p  # the only one
     p = sorted(q.over_seeds.p for q in pairs if q.over_seeds)
     assert sorted(q.holm or 0 for q in pairs)[0] == pytest.approx(3 * p[0])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"smooth_every": 4},
+        {"smooth_start": 0.5},
+        {"touched": "batch"},
+        {"beta_ramp": True},
+        {"graph": "attributes", "graph_max_items": 9},
+    ],
+)
+def test_settings_of_sevo_alone_do_not_part_it_from_the_plain_optimizer(setting, tmp_path):
+    for optimizer, own in (("adamw", {}), ("sevo_adamw", setting)):
+        config = preset("sasrec", "amazon_beauty", optimizer, **own)
+        write_run(tmp_path / optimizer, config, {0: 0.3, 1: 0.4})
+    (pair,) = compare(gather(report.tested([tmp_path])), samples=10)
+    assert pair.baseline == "same optimizer"
 
 
 def test_files_of_one_configuration_are_joined(runs):

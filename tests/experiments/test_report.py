@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +71,51 @@ def test_kept_records_give_the_same_table(runs, tmp_path):
     write_report([runs], pages[0])
     write_report([tmp_path / "results"], pages[1])
     assert pages[0].read_text() == pages[1].read_text()
+
+
+def test_seeds_that_were_trained_apart_are_kept_together(runs, tmp_path):
+    path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    more = tmp_path / "more" / "beauty-sasrec" / "sevo_adamw"
+    more.mkdir(parents=True)
+
+    def write(change):
+        changed = [line | change(line) for line in lines]
+        (more / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in changed))
+
+    write(lambda line: {"seed": line["seed"] + 2})
+    keep([runs, tmp_path / "more"], tmp_path / "results")
+    (kept,) = (tmp_path / "results").rglob("*.jsonl")
+    seeds = [json.loads(line)["seed"] for line in kept.read_text().splitlines()]
+    assert set(seeds) == {0, 1, 2, 3}
+    before = kept.read_bytes()
+    keep([tmp_path / "results"], tmp_path / "results")  # what is kept stays
+    assert [*(tmp_path / "results").rglob("*.jsonl")] == [kept] and kept.read_bytes() == before
+    for change in (
+        lambda line: {},  # the same seeds
+        lambda line: {"seed": line["seed"] + 2, "config": asdict(replace(CONFIG, dim=8))},
+    ):
+        write(change)
+        with pytest.raises(ValueError, match="would both be kept as .* Rename"):
+            keep([runs, tmp_path / "more"], tmp_path / "results")
+    assert kept.read_bytes() == before
+
+
+def test_files_that_are_no_records_are_left_out(runs, tmp_path):
+    (runs / "other.jsonl").write_text('{"text": "of another program"}\n')
+    assert write_report([runs], tmp_path / "page.md") == 1
+
+
+def test_commands_name_the_options_that_chose_the_data(runs, tmp_path):
+    path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if "data" in line:
+            line["data"]["options"] = "--k-core 5 --split-times 600.0 800.0"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report([runs], tmp_path / "page.md")
+    command = "train --data amazon_beauty --k-core 5 --split-times 600.0 800.0 --model sasrec"
+    assert command in (tmp_path / "page.md").read_text()
 
 
 def test_what_is_missing_is_said(runs, tmp_path):

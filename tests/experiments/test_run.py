@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +30,7 @@ from experiments.run import fit
 from experiments.synthetic import synthetic
 
 ROOT = Path(__file__).parents[2]
+BEAUTY = {"name": "amazon_beauty", "items": 12_101, "train": 153_776}
 TINY = Config(dim=8, max_length=10, batch_size=32, epochs=3, eval_every=2)
 
 
@@ -117,6 +120,13 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(finished, split):
         fit(replace(TINY, learning_rate=0.5), split, (3, 5), folder, source="here", resume=True)
     with pytest.raises(ValueError, match="other settings.*seeds"):
         fit(TINY, split, (3,), folder, source="here", resume=True)
+    # As many users and items, but other targets.
+    ends = split.train_end - 1
+    earlier = replace(split, train_end=ends, valid=split.valid - 1, test=split.test - 1)
+    with pytest.raises(ValueError, match="other settings.*fingerprint"):
+        fit(TINY, earlier, (3, 5), folder, source="here", resume=True)
+    with pytest.raises(ValueError, match="`epochs` is 2, but the run .* come to epoch 3"):
+        fit(replace(TINY, epochs=2), split, (3, 5), folder, source="here", resume=True)
     assert (folder / records.FILE).read_bytes() == before
 
 
@@ -125,6 +135,38 @@ def test_resuming_a_finished_run_changes_nothing(finished, split):
     before = without_times(folder)
     fit(TINY, split, (3, 5), folder, source="here", resume=True)
     assert without_times(folder) == before
+
+
+def test_a_run_of_an_earlier_version_may_be_resumed(finished, split, tmp_path):
+    """Its run.json holds no fingerprint of the data."""
+    _, folder = finished
+    shutil.copytree(folder, tmp_path / "old")
+    held = json.loads((tmp_path / "old" / "run.json").read_text())
+    del held["data"]["fingerprint"]
+    (tmp_path / "old" / "run.json").write_text(json.dumps(held))
+    fit(TINY, split, (3, 5), tmp_path / "old", source="here", resume=True)
+
+
+def test_every_setting_has_an_effect_somewhere():
+    """`without_effect` names no setting of a model and optimizer that use it."""
+    used: Any = (
+        preset("sasrec", "amazon_beauty", "sevo_adamw"),
+        preset("sasrec", "amazon_beauty", "sevo_sgd", placement="switch", loss="gbce"),
+        preset("sasrec", "amazon_beauty", "adam", loss="cross_entropy", distil="kd"),
+        preset("bert4rec", "amazon_beauty", "adamw"),
+        preset("bsarec", "amazon_beauty", "adamw"),
+        preset("stosa", "amazon_beauty", "sevo_adamw", graph="attributes"),
+    )
+    assert not set.intersection(*(config.without_effect() for config in used))
+    assert "dim" not in set.union(*(config.without_effect() for config in used))
+
+
+@pytest.mark.parametrize("change", [{"schedule": "cosine"}, {"placement": "switch"}])
+def test_what_depends_on_the_number_of_epochs_cannot_go_on_for_more(change, split, tmp_path):
+    config = replace(TINY, epochs=1, **change)
+    fit(config, split, (0,), tmp_path / "run")
+    with pytest.raises(ValueError, match="other settings.*'epochs': 1"):
+        fit(replace(config, epochs=2), split, (0,), tmp_path / "run", resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(split, tmp_path):
@@ -141,9 +183,9 @@ def test_data_that_cannot_be_ranked_leave_no_folder(tmp_path):
     assert not (tmp_path / "short").exists()
 
 
-@pytest.mark.parametrize("seeds", [(), (1, 1)])
+@pytest.mark.parametrize("seeds", [(), (1, 1), (-1,), (5_000_000_000,)])
 def test_seeds_are_checked(split, tmp_path, seeds):
-    with pytest.raises(ValueError, match="`seeds` must be distinct and at least one"):
+    with pytest.raises(ValueError, match="`seeds` must be (distinct and at least one|from 0)"):
         fit(TINY, split, seeds, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -300,6 +342,21 @@ def test_data_options_reach_the_loader(tmp_path, split):
         ("train --data no_such_folder", "no_such_folder: no such file or folder"),
         ("train --preset amazon_bauty", "must be one of ['amazon_beauty', 'amazon_tools', "),
         ("train --model bsarec --preset amazon_tools", "`preset` for bsarec must be one of"),
+        ("train --optimizers adamw adamw", "`optimizers` must be at least one, each once"),
+        ("train --k-core 5 --min-rating 3", "takes no --min-rating 3.0 --k-core 5"),
+        ("train --num-negatives 2 --loss cross_entropy", "`num_negatives` changes nothing"),
+        ("train --optimizers adamw --beta 0.5", "`beta` changes nothing"),
+        ("train --optimizers sevo_adamw --model mf --dropout-rate 0.1", "`dropout_rate` chan"),
+        ("train --graph users_items", '`graph` "users_items" is for mf alone'),
+        ("train --graph attributes --data log.csv", "log.csv: no such file"),
+        ("train --mask-prob 1.5 --model bert4rec", "`mask_prob` must be in (0, 1], got 1.5"),
+        ("ablate beta --beta 0.5", "`beta` is 0.0 in the arm 'beta=0.0' of beta, but 0.5"),
+        ("ablate optimizer --learning-rate 0.01", "`learning_rate` is 1.0 in the arm 'sgd'"),
+        ("ablate layers --gbce-t 0.5", "`gbce_t` changes nothing"),
+        ("ablate theory --seeds 0 0", "`seeds` must be distinct"),
+        ("ablate theory --resume", "`resume` is for runs"),
+        ("ablate smoothness --schedule cosine", "`smoothness` knows no `schedule`"),
+        ("report --runs", "`runs` must name at least one folder"),
         ("train --beta 1.5", "`beta` must be in"),
         ("train --epochs -1", "`epochs` must be positive"),
         ("recommend --run . --history 1", "holds no run"),
@@ -327,10 +384,11 @@ def test_presets_are_valid_and_published_numbers_need_them():
             config = preset(model, dataset, optimizer)
             assert config.weight_decay == 0 or optimizer.endswith("adamw")
     beauty = preset("sasrec", "amazon_beauty", "sevo_adamw")
-    known = published(beauty, "amazon_beauty")
+    known = published(beauty, BEAUTY)
     assert known is not None and known["NDCG@10"] == (0.04113, 0.00133)
-    assert published(replace(beauty, beta=0.5), "amazon_beauty") is None
-    assert published(beauty, "synthetic") is None
+    assert published(replace(beauty, beta=0.5), BEAUTY) is None
+    for other in ({"name": "synthetic"}, {"items": 500}, {"train": 1000}):  # another split, say
+        assert published(beauty, BEAUTY | other) is None
 
 
 @pytest.mark.parametrize(
@@ -354,8 +412,18 @@ def test_results_table_shows_published_numbers(finished):
     result, _ = finished
     beauty = replace(result, config=preset("sasrec", "amazon_beauty", "sevo_adamw"))
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(main_job.results_table([beauty], "amazon_beauty"))
+    console.print(main_job.results_table([beauty], BEAUTY))
     assert "0.0411 ± 0.0013" in console.export_text()
+
+
+def test_gains_are_over_the_same_optimizer(finished):
+    result, _ = finished
+    names: Any = ("adam", "adamw", "sevo_adam", "sevo_adamw")
+    results = [replace(result, config=replace(result.config, optimizer=name)) for name in names]
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(main_job.results_table(results, {"name": "mine"}))
+    text = console.export_text()
+    assert "gain over adam " in text and "gain over adamw " in text
 
 
 def test_config_rejects_what_it_does_not_know():
@@ -373,10 +441,16 @@ def test_config_rejects_what_it_does_not_know():
         Config(placement="gradient", smooth_every=4)
     with pytest.raises(ValueError, match=r"`smooth_start` must be in \[0, 1\), got 1"):
         Config(smooth_start=1.0)
-    with pytest.raises(ValueError, match='`touched` "batch" is for the moments'):
+    with pytest.raises(ValueError, match='`touched` "batch" is for the corrected moments'):
         Config(touched="batch", placement="gradient")
-    with pytest.raises(ValueError, match="got it for 'sevo_sgd'"):
-        Config(touched="batch", optimizer="sevo_sgd")
+    for optimizer in ("sevo_sgd", "sevo_adam"):
+        with pytest.raises(ValueError, match=f"got it for '{optimizer}'"):
+            Config(touched="batch", optimizer=optimizer)
+    with pytest.raises(ValueError, match="`correct_moments` False"):
+        Config(touched="batch", correct_moments=False)
+    assert Config(gbce_t=1.0).gbce_t == 1.0  # the calibrated loss
+    with pytest.raises(ValueError, match=r"`gbce_t` must be in \[0, 1\], got 1.1"):
+        Config(gbce_t=1.1)
     with pytest.raises(ValueError, match="`loss` of bert4rec must be 'cross_entropy'"):
         preset("bert4rec", "amazon_beauty", "adam", loss="bce")
     with pytest.raises(ValueError, match="`windows` of mf must be 'users'"):

@@ -36,6 +36,13 @@ def test_sign_flip_by_hand():
     assert st.sign_flip(np.array([0.1, 0.2, -0.3])) == 1.0  # a sum of zero but for rounding
 
 
+def test_more_seeds_than_sign_flip_takes():
+    first = np.random.default_rng(0).normal(size=25)
+    test = st.paired_t(first, first / 2)
+    assert test.num_seeds == 25 and test.p_exact is None and 0 < test.p < 1
+    assert st.paired_t(first[:24], first[:24] / 2).p_exact is not None
+
+
 def test_sign_flip_is_scipys_permutation():
     values = np.random.default_rng(1).normal(0.5, 1, 9)
     # SciPy enumerates when asked for at least 2^9 draws.
@@ -149,6 +156,16 @@ def test_ranks_are_read_and_measured(tmp_path):
     np.savez(path, seeds=np.arange(3), users=FIRST.users, **FIRST.ranks._asdict())
     with pytest.raises(ValueError, match=r"ranks must be \(3, 2\)"):
         pu.read_ranks(path)
+
+
+def test_ranks_that_were_cut_short_are_named(tmp_path):
+    path = tmp_path / "ranks.npz"
+    np.savez(path, seeds=[0], users=[1, 2], above=[[0, 1]], ties=[[0, 0]])
+    whole = path.read_bytes()
+    for length in (0, 10, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"ranks\.npz is not whole"):
+            pu.read_ranks(path)
 
 
 def test_align_by_user_and_seed():

@@ -49,7 +49,9 @@ def test_monitors_measure_both_sides_of_psi_and_change_nothing():
         found, first = monitored.update(grads, states[0], params)
         expected, second = plain.update(grads, states[1], params)
         states = first, second
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        # But for rounding: the library smooths after the learning rate.
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
         # The direction before the smoothing, as the state of the plain chain has it.
         mu, nu = (
             optax.tree.get(states[1].inner_states["table"], name) for name in ("mu", "nu")

@@ -57,6 +57,11 @@ def test_dropout_is_the_identity(rate, key):
     np.testing.assert_array_equal(dropout(x, rate, key), x)
 
 
+def test_dropout_at_nearly_one_stays_finite():
+    x = dropout(jnp.ones(1000), 1 - 1e-7, jax.random.key(0))
+    assert np.isfinite(x).all()
+
+
 def test_dropout_keeps_the_type():
     for dtype in (jnp.float32, jnp.bfloat16):
         assert dropout(jnp.ones(3, dtype), 0.5, KEY).dtype == dtype

@@ -437,7 +437,8 @@ def test_messages_in_half_precision_keep_every_nan(library):
 def test_a_prepared_adjacency_is_returned():
     adjacency = sevo_jax.normalized_adjacency(random_graph())
     assert sevo_jax.normalized_adjacency(adjacency) is adjacency
-    for options in ({"layout": "dense"}, {"capacity": 1000}, {"messages": "bfloat16"}):
+    wrong: Any = ({"layout": "dense"}, {"capacity": 1000}, {"messages": "bfloat16"})
+    for options in wrong:
         with pytest.raises(ValueError, match="cannot change a prepared adjacency"):
             sevo_jax.normalized_adjacency(adjacency, **options)
 

@@ -1,5 +1,7 @@
 """Properties of psi that the paper states or that follow from its closed form."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -258,7 +260,8 @@ def test_tables_of_numpy_and_lists(recwarn):
     graph = sevo_jax.item_graph([[0, 1]], num_nodes=2)
     rows = [[1.0, 2.0], [3.0, 5.0]]
     expected = sevo_jax.smooth(graph, jnp.array(rows))
-    for x in (rows, np.array(rows)):  # float64, which JAX holds in float32
+    tables: list[Any] = [rows, np.array(rows)]  # float64, which JAX holds in float32
+    for x in tables:
         np.testing.assert_array_equal(sevo_jax.smooth(graph, x), expected)
         assert sevo_jax.smoothness(graph, x) == sevo_jax.smoothness(graph, jnp.array(rows))
     assert not recwarn
