@@ -106,7 +106,8 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
     Tests stay whole, but for the folders that the data lay in; of the curves, epochs 1, 5, 10
     and every 20th stay, without the settings, which each test repeats. A run
     `DATA-MODEL/OPTIMIZER` becomes one file of that name, and so does an arm of an ablation.
-    Seeds of one configuration that were trained apart, in folders of these names, are joined.
+    Seeds of one configuration that were trained apart, in folders of these names, are joined,
+    and so are those that are kept already.
     Studies are copied with their pictures.
     """
     for path, _ in study.read(folders):
@@ -122,19 +123,32 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
         place = path.parents[2 if ablation_of(run) else 1].name
         parts[Path(into) / place / f"{path.parent.name}.jsonl"].append((path, run))
     for target, found in parts.items():
-        # Seeds that were trained apart are kept together.
+        # Seeds that were trained apart are kept together; of those kept before, the others.
         (first, run), *others = found
         for path, other in others:
-            same = config_of(run) == config_of(other) and ablation_of(run) == ablation_of(other)
-            if not same or {r["seed"] for r in run} & {r["seed"] for r in other}:
+            if not _same_settings(run, other) or _seeds(run) & _seeds(other):
                 raise ValueError(
                     f"{first} and {path} would both be kept as {target}, but have other "
                     "settings or a seed in common. Rename their folders."
                 )
             run = run + other
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        records.append(target, filter(None, map(_thin, run)))
+        held = records.read(target) if target.exists() else []
+        if held and not _same_settings(run, held):
+            raise ValueError(f"{target} keeps other settings than {first}; rename one of them.")
+        run = [r for r in held if r["seed"] not in _seeds(run)] + run
+        temporary = target.with_suffix(".tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        records.append(temporary, filter(None, map(_thin, run)))
+        temporary.replace(target)
+
+
+def _same_settings(run: Records, other: Records) -> bool:
+    return config_of(run) == config_of(other) and ablation_of(run) == ablation_of(other)
+
+
+def _seeds(run: Records) -> set[int]:
+    return {record["seed"] for record in run}
 
 
 def tested(folders: Iterable[str | Path]) -> Iterator[tuple[Path, Records]]:

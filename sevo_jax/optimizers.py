@@ -62,7 +62,8 @@ def sevo_adamw(
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`. Its `update` takes
-      `graph=` and `touched=`, see :func:`sevo` and :func:`scale_by_corrected_adam`.
+      `graph=` and, with `correct_moments`, `touched=`, see :func:`sevo` and
+      :func:`scale_by_corrected_adam`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, numpy as np, optax

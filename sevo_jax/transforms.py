@@ -42,7 +42,8 @@ def sevo(
 
     Args:
       graph: a graph or a prepared adjacency. `update(..., graph=adjacency)` overrides it by a
-        traced argument, so that the graph is no constant of the compiled program.
+        traced argument, so that the graph is no constant of the compiled program; it does so
+        in every `sevo` of a chain.
       tables: which parameters are tables `[num_nodes, d]`. A string is a regular expression
         searched in paths like `"item_embedding/embedding"`; all that match share the graph.
         A tuple of strings names tables that are stacked in that order, as users and items of

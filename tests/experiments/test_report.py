@@ -91,6 +91,9 @@ def test_seeds_that_were_trained_apart_are_kept_together(runs, tmp_path):
     before = kept.read_bytes()
     keep([tmp_path / "results"], tmp_path / "results")  # what is kept stays
     assert [*(tmp_path / "results").rglob("*.jsonl")] == [kept] and kept.read_bytes() == before
+    keep([tmp_path / "more"], tmp_path / "results")  # nor do other seeds go
+    assert sorted(kept.read_text().splitlines()) == sorted(before.decode().splitlines())
+    before = kept.read_bytes()
     for change in (
         lambda line: {},  # the same seeds
         lambda line: {"seed": line["seed"] + 2, "config": asdict(replace(CONFIG, dim=8))},
@@ -98,6 +101,8 @@ def test_seeds_that_were_trained_apart_are_kept_together(runs, tmp_path):
         write(change)
         with pytest.raises(ValueError, match="would both be kept as .* Rename"):
             keep([runs, tmp_path / "more"], tmp_path / "results")
+    with pytest.raises(ValueError, match="keeps other settings than"):
+        keep([tmp_path / "more"], tmp_path / "results")
     assert kept.read_bytes() == before
 
 
