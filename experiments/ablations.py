@@ -17,10 +17,11 @@ from experiments import study
 from experiments.backbones import SWEPT
 from experiments.config import Config, Loss, preset
 from experiments.distillation import TEACHER, distillation
-from experiments.main_job import show, split_of, spread
+from experiments.main_job import show, split_of
 from experiments.options import Ablate
 from experiments.ranking import METRICS
 from experiments.run import SELECTION, Result, fit_sweep, load_run
+from experiments.statistics import spread
 
 BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
 Make = Callable[..., Config]  # of an optimizer and settings that replace the preset's

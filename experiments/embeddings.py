@@ -24,6 +24,7 @@ from experiments.dataset import Attributes, Split
 from experiments.main_job import split_of
 from experiments.options import Ablate
 from experiments.run import make_trainer, start
+from experiments.statistics import spread
 from experiments.study import Finding
 from sevo_jax.tables import table_mask
 
@@ -78,7 +79,7 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
             same = [same_neighbours(table, groups.labels) for table in of_seeds]
             found = [silhouettes(table, groups.labels) for table in of_seeds]
             by_chance = [shuffled(table, groups.labels) for table in of_seeds]
-            cells = [_mean([np.mean(one) for one in values]) for values in (same, found)]
+            cells = [spread([np.mean(one) for one in values]) for values in (same, found)]
             rows.append([f"{beta}", f"{epoch}", *cells, f"{np.mean(by_chance):.4f}"])
             points[beta, epoch] = project(of_seeds[0])
             last[beta] = np.mean(same, axis=0)
@@ -238,11 +239,6 @@ def principal_components(table: np.ndarray) -> np.ndarray:
 def _units(table: np.ndarray) -> np.ndarray:
     norm = np.linalg.norm(table, axis=1, keepdims=True)
     return np.divide(table, norm, out=np.zeros_like(table), where=norm > 0)
-
-
-def _mean(values: list[np.floating]) -> str:
-    deviation = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{deviation}"
 
 
 def _draw(

@@ -22,6 +22,7 @@ from experiments.plots import plot_run
 from experiments.published import published
 from experiments.ranking import METRICS
 from experiments.run import SELECTION, Progress, Result, fit
+from experiments.statistics import spread
 from experiments.synthetic import synthetic
 
 
@@ -192,12 +193,6 @@ def results_table(results: list[Result], data: dict[str, Any]) -> Table:
     for row, name in enumerate((*METRICS, "best epoch")):
         table.add_row(name, *("".join(cells[row : row + 1]) for cells in columns.values()))
     return table
-
-
-def spread(values: np.ndarray) -> str:
-    """Mean and, of several values, standard deviation."""
-    deviation = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{values.mean():.4f}{deviation}"
 
 
 def _published(value: tuple[float, float | None] | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from experiments.config import Config, preset
 from experiments.published import CURVES, published, published_arm
 from experiments.ranking import METRICS
-from experiments.statistics import relative_gain
+from experiments.statistics import relative_gain, spread
 
 Records = list[dict[str, Any]]
 SHOWN = [name for name in METRICS if not name.startswith("MRR")]
@@ -39,7 +39,7 @@ def tests_table(runs: Iterable[Records]) -> Table:
 def _scores(run: Records) -> list[str]:
     """The number of seeds, and the metrics of their tests."""
     tests = [r for r in run if r["kind"] == "test"]
-    return [str(len(tests)), *(_mean(r[name] for r in tests) for name in SHOWN)]
+    return [str(len(tests)), *(spread(r[name] for r in tests) for name in SHOWN)]
 
 
 def _conditions(run: Records) -> list[str]:
@@ -85,9 +85,9 @@ def curves_table(runs: Iterable[Records]) -> Table:
                     config.model,
                     name_of(run),
                     str(epoch),
-                    _mean(losses[epoch]),
+                    spread(losses[epoch]),
                     f"{loss:.3f}" if loss else "",
-                    _mean(valid[epoch]) if epoch in valid else "",
+                    spread(valid[epoch]) if epoch in valid else "",
                     f"{low:.4f} to {high:.4f}" if low else "",
                 ]
             )
@@ -141,7 +141,7 @@ def bucket_tables(runs: Iterable[Records]) -> Iterator[tuple[str, Table]]:
             continue
         rows = []
         for low, high, targets in sorted(next(iter(columns.values()))):
-            scores = [_mean(found[low, high, targets]) for found in columns.values()]
+            scores = [spread(found[low, high, targets]) for found in columns.values()]
             span = f"{low} to {high}" if low < high else str(low)
             rows.append([span, f"{targets:,}", *scores])
         yield f"Test NDCG@10 by {what}", Table([what, "targets", *columns], rows)
@@ -294,9 +294,3 @@ def by_epoch(run: Records, kind: str, name: str) -> dict[int, list[float]]:
         if record["kind"] == kind:
             found[record["epoch"]].append(record[name])
     return found
-
-
-def _mean(values: Iterable[float]) -> str:
-    values = list(values)
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
