@@ -117,7 +117,11 @@ def test_other_settings_equal_one_device(name):
         (SASREC, 9, "`mesh` must be from 1 to the 8 devices, got 9"),
         (SASREC, 0, "`mesh` must be from 1 to the 8 devices, got 0"),
         (SASREC, 5, "`streams` must be a multiple of the 5 devices of the mesh, got 8"),
-        (Config(graph="users_items"), 1, '`graph` must be "items" or "attributes" on a mesh'),
+        (
+            replace(MF, graph="users_items"),
+            1,
+            '`graph` must be "items" or "attributes" on a mesh',
+        ),
     ],
 )
 def test_bad_input(config, devices, message):
