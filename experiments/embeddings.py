@@ -79,7 +79,7 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
             same = [same_neighbours(table, groups.labels) for table in of_seeds]
             found = [silhouettes(table, groups.labels) for table in of_seeds]
             by_chance = [shuffled(table, groups.labels) for table in of_seeds]
-            cells = [spread([np.mean(one) for one in values]) for values in (same, found)]
+            cells = [spread(float(np.mean(one)) for one in values) for values in (same, found)]
             rows.append([f"{beta}", f"{epoch}", *cells, f"{np.mean(by_chance):.4f}"])
             points[beta, epoch] = project(of_seeds[0])
             last[beta] = np.mean(same, axis=0)
