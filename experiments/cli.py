@@ -61,10 +61,10 @@ def _run(command: Command) -> None:
         from experiments.page import write_page
         from experiments.report import keep, write_report
 
-        if command.keep:
-            keep(command.runs, command.keep)
         if not command.runs:
             raise ValueError("`runs` must name at least one folder.")
+        if command.keep:
+            keep(command.runs, command.keep)
         ours = command.runs == Report().runs  # the records that the repository keeps
         page = command.page or (Path() if ours else command.runs[0]) / "RESULTS.md"
         print(f"{page}: tables of {write_report(command.runs, page)} runs")

@@ -1,5 +1,6 @@
 """What a run is made of, and the settings of the paper."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -349,6 +350,14 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("bsarec", "synthetic"): _BSAREC | {"epochs": 30, "batch_size": 64},
     ("lightgcn", "synthetic"): _PAIRS | {"model": "lightgcn", "num_blocks": 3, "epochs": 100},
 }
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuses seeds that are none, not distinct, or no number that JAX makes a key of."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"`seeds` must be distinct and at least one, got {seeds}.")
+    if not all(0 <= seed < 2**31 for seed in seeds):
+        raise ValueError(f"`seeds` must be from 0 to 2**31 - 1, got {seeds}.")
 
 
 # How the publishers, and `experiments fetch`, call the datasets that have presets.

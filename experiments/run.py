@@ -38,7 +38,7 @@ from experiments.backbones import (
     windows_per_step,
 )
 from experiments.batching import training_data
-from experiments.config import Config
+from experiments.config import Config, check_seeds
 from experiments.dataset import Split
 from experiments.distillation import distilled, teacher_graph
 from experiments.mesh import MeshTrainer, Streams, check_mesh, split_graph, trim
@@ -260,10 +260,7 @@ def fit_sweep(
       teacher: see `make_trainer`.
     """
     seeds = tuple(seeds)
-    if len(set(seeds)) != len(seeds) or not seeds:
-        raise ValueError(f"`seeds` must be distinct and at least one, got {seeds}.")
-    if not all(0 <= seed < 2**31 for seed in seeds):
-        raise ValueError(f"`seeds` must be from 0 to 2**31 - 1, got {seeds}.")
+    check_seeds(seeds)
     folder = Path(folder)
     config, *others = configs.values()
     swept = [

@@ -18,6 +18,7 @@ import rich.table
 from rich.console import Console
 
 from experiments import records
+from experiments.config import check_seeds
 from experiments.options import Ablate
 from experiments.tables import ablate_command, with_given
 
@@ -45,9 +46,7 @@ def run(options: Ablate, console: Console) -> list[Finding]:
     Raises:
       ValueError: the folder holds a study already.
     """
-    seeds = options.seeds
-    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= s < 2**31 for s in seeds):
-        raise ValueError(f"`seeds` must be distinct, from 0 to 2**31 - 1, got {seeds}.")
+    check_seeds(options.seeds)
     if options.resume:
         raise ValueError("`resume` is for runs; a study starts anew.")
     module = importlib.import_module(STUDIES[options.name])

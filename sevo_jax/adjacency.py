@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sevo_jax import native
-from sevo_jax.ids import check_count
+from sevo_jax.ids import bad_weight, check_count
 from sevo_jax.layouts import Adjacency, Dense, Edges, Rows
 from sevo_jax.padded import Padded
 
@@ -172,8 +172,7 @@ def _edges(graph: jraph.GraphsTuple) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def _check_weights(
     receivers: np.ndarray, senders: np.ndarray, weights: np.ndarray, num_nodes: int
 ) -> None:
-    if not np.isfinite(weights).all() or (weights < 0).any():
-        bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))[0]
+    if (bad := bad_weight(weights)) is not None:
         raise ValueError(
             "`normalized_adjacency` takes finite, non-negative weights, but edge "
             f"{senders[bad]} -> {receivers[bad]} weighs {weights[bad]}."

@@ -13,7 +13,15 @@ import jraph
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sevo_jax.ids import Ragged, check_choice, check_count, check_ids, check_positive, ragged
+from sevo_jax.ids import (
+    Ragged,
+    bad_weight,
+    check_choice,
+    check_count,
+    check_ids,
+    check_positive,
+    ragged,
+)
 
 _BLOCK = 1 << 22  # values, pairs or keys in flight at a time: bounds the working memory
 
@@ -133,8 +141,7 @@ def edge_graph(
             "`edge_graph` takes `senders`, `receivers` and `weights` of one shape [num_edges], "
             f"but got {left.shape}, {right.shape} and {weight.shape}."
         )
-    if not np.isfinite(weight).all() or (weight < 0).any():
-        bad = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))[0]
+    if (bad := bad_weight(weight)) is not None:
         raise ValueError(
             "`edge_graph` takes finite, non-negative `weights`, but entry "
             f"{bad} is {weight[bad]}."

@@ -76,6 +76,12 @@ def check_choice(function: str, name: str, value: str, valid: tuple[str, ...]) -
         raise ValueError(f"`{function}`: unknown `{name}` {value!r}, valid are {valid}.")
 
 
+def bad_weight(weights: np.ndarray) -> int | None:
+    """The place of the first weight that is negative or not finite, None if none is."""
+    good = np.isfinite(weights) & (weights >= 0)
+    return None if good.all() else int(np.argmin(good))
+
+
 def check_positive(function: str, name: str, value: Any) -> None:
     if not is_integer(value) or value < 1:
         raise ValueError(f"`{function}`: `{name}` must be a positive integer, got {value!r}.")
