@@ -160,10 +160,11 @@ def gain(value: float, baseline: float) -> str:
 
 def commands(runs: Iterable[Records]) -> str:
     """What to type to get each row again, and how long it took."""
-    lines = ["Each row is one command; seconds are of the whole run, all seeds.", ""]
+    lines = ["Each row is one command; seconds are of all seeds, added up over processes.", ""]
     for run in runs:
-        test = next(r for r in run if r["kind"] == "test")
-        took = f"{test['seconds']:,.0f} s; {versions_of(run)}"
+        # Seeds that trained together share their seconds; others have their own.
+        seconds = sum({r["seconds"] for r in run if r["kind"] == "test"})
+        took = f"{seconds:,.0f} s; {versions_of(run)}"
         lines.append(f"- `{command_of(run)}` ({took})")
     return "\n".join(lines)
 

@@ -88,6 +88,11 @@ def test_seeds_that_were_trained_apart_are_kept_together(runs, tmp_path):
     (kept,) = (tmp_path / "results").rglob("*.jsonl")
     seeds = [json.loads(line)["seed"] for line in kept.read_text().splitlines()]
     assert set(seeds) == {0, 1, 2, 3}
+    write(lambda line: {"seed": line["seed"] + 2, "seconds": 30})
+    keep([tmp_path / "more"], tmp_path / "results")
+    write_report([tmp_path / "results"], tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "--beta 0.5` (39 s;" in text  # 9 of two seeds together, 30 of the others
     before = kept.read_bytes()
     keep([tmp_path / "results"], tmp_path / "results")  # what is kept stays
     assert [*(tmp_path / "results").rglob("*.jsonl")] == [kept] and kept.read_bytes() == before
