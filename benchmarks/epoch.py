@@ -52,7 +52,7 @@ def _torch(log: Log) -> tuple[dict[str, Callable[[], Any]], str]:
     except ImportError:
         return {}, "torch is not installed"
     config, split = preset("sasrec", "amazon_beauty", "sevo_adamw"), log.split
-    model = peer.SASRec(split.dataset.num_items)
+    model = peer.SASRec(split.dataset.num_items).to(peer.device())
     optimizer = peer.SevoAdamW(model.parameters(), peer.csr(log.graph))
     batches = peer.training_batches(split, config.batch_size, config.max_length)
     valid = split.evaluation("valid")
@@ -69,7 +69,7 @@ def _torch(log: Log) -> tuple[dict[str, Callable[[], Any]], str]:
             valid.targets[places],
         )
         rows, items, targets = (torch.from_numpy(m.astype(np.int64)) for m in masked)
-        chunks.append((inputs, targets, rows, items))
+        chunks.append(tuple(part.to(peer.device()) for part in (inputs, targets, rows, items)))
 
     def train() -> None:
         for batch in batches:
@@ -79,4 +79,5 @@ def _torch(log: Log) -> tuple[dict[str, Callable[[], Any]], str]:
         "torch epoch": train,
         "torch ranking": lambda: peer.ndcg_at_10(model, chunks),
     }
-    return functions, f"padded; {torch.get_num_threads()} threads"
+    where = "cuda" if peer.device() == "cuda" else f"{torch.get_num_threads()} threads"
+    return functions, f"padded; {where}"

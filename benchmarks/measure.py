@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import records
@@ -40,7 +41,8 @@ def turns(
     """Seconds of a call of each function, taken in turns so that noise meets all alike.
 
     The first call of each, which compiles, does not count; the second tells how many calls
-    make a turn of at least `least` seconds.
+    make a turn of at least `least` seconds. An accelerator has the calls of a turn in its
+    queue; the clock stops when all are done.
 
     Returns:
       By name the `"median"` and the `"min"` over `repeats` turns.
@@ -48,13 +50,17 @@ def turns(
 
     def seconds(function: Callable[[], Any], calls: int) -> float:
         began = clock()
+        result = None
         for _ in range(calls):
-            jax.block_until_ready(function())
+            result = function()
+            if not on_accelerator():
+                jax.block_until_ready(result)
+        _finish(result)
         return (clock() - began) / calls
 
     calls = {}
     for name, function in functions.items():
-        jax.block_until_ready(function())
+        _finish(function())
         calls[name] = max(1, round(least / max(seconds(function, 1), 1e-6)))
     taken = {name: [] for name in functions}
     for _ in range(repeats):
@@ -63,8 +69,25 @@ def turns(
     return {n: {"median": statistics.median(t), "min": min(t)} for n, t in taken.items()}
 
 
+def on_accelerator() -> bool:
+    return jax.default_backend() != "cpu"
+
+
+def _finish(result: Any) -> None:
+    """Waits until a result of JAX is there, and all that PyTorch has given to a GPU is done."""
+    jax.block_until_ready(result)
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def copy_bandwidth(megabytes: int = 512) -> float:
-    """GB/s read and written by the fastest of five copies on all cores."""
+    """GB/s read and written by the fastest of five copies: on all cores, or on the device."""
+    if on_accelerator():
+        table = jnp.ones(megabytes << 20)  # four times the bytes: beyond every cache
+        copy = jax.jit(lambda x: x + 1)
+        taken = turns({"copy": lambda: copy(table)}, 5)
+        return 2 * table.nbytes / taken["copy"]["min"] / 1e9
     source = np.ones(megabytes << 17)
     target = np.zeros_like(source)
     cores = records.environment()["cores"]
@@ -87,7 +110,7 @@ def cpu_name() -> str:
 
 
 def keep(folder: Path, benchmark: str, size: str, repeats: int, values: Any) -> None:
-    """Keeps a record, in place of an older one of that benchmark and size."""
+    """Keeps a record, in place of an older one of that benchmark, size and device."""
     made_on = records.environment()
     for package in ("jaxlib", "torch", "torch_geometric", "torch_sparse"):
         try:
@@ -106,7 +129,9 @@ def keep(folder: Path, benchmark: str, size: str, repeats: int, values: Any) -> 
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}.jsonl"
-    kept = [r for r in records.read(path) if r["size"] != size] if path.exists() else []
+    key = size, record["device"]
+    held = records.read(path) if path.exists() else []
+    kept = [r for r in held if (r["size"], r["device"]) != key]
     lines = (json.dumps(r, sort_keys=True) + "\n" for r in [*kept, record])
     path.write_text("".join(lines), encoding="utf-8")
     print(f"{benchmark} {size}: {json.dumps(values)}", flush=True)

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from benchmarks.graphs import log_of
-from benchmarks.measure import turns
+from benchmarks.measure import on_accelerator, turns
 from experiments.backbones import BACKBONES, TABLE, make_optimizer
 from experiments.batching import Batch, epoch_order, sample_batch
 from experiments.config import Config, preset
@@ -32,6 +32,8 @@ def steps(size: str, data: Path | None, repeats: int, with_torch: bool) -> dict[
     log = log_of(size, data, STEPS * config.batch_size)
     number = -(-log.split.dataset.num_users // config.batch_size)
     layouts: tuple[Layout, ...] = ("rows", "compiled") if native.is_built() else ("rows",)
+    if on_accelerator():
+        layouts = ("padded", "edges")
     graphs = {name: normalized_adjacency(log.graph, layout=name) for name in layouts}
     chosen = {"adamw": None} | {f"sevo, {name}": graph for name, graph in graphs.items()}
     functions = {}
@@ -49,7 +51,7 @@ def steps(size: str, data: Path | None, repeats: int, with_torch: bool) -> dict[
         "torch": note,
         "arms": each,
     }
-    if size in ("beauty", "tiny"):
+    if size in ("beauty", "tiny") and not on_accelerator():
         best = graphs[layouts[-1]]
         trainer = make_trainer(config, log.split, graph=best)
         first, again = (_seconds(epochs(trainer)) for _ in range(2))
@@ -85,7 +87,7 @@ def _torch(log: Any, config: Config) -> tuple[dict[str, Callable[[], Any]], str]
     batches = peer.training_batches(log.split, config.batch_size, config.max_length)
     functions = {}
     for name, adjacency in (("torch adamw", None), ("torch sevo", peer.csr(log.graph))):
-        model = peer.SASRec(log.split.dataset.num_items)
+        model = peer.SASRec(log.split.dataset.num_items).to(peer.device())
         optimizer = peer.SevoAdamW(model.parameters(), adjacency)
 
         def epoch(model: Any = model, optimizer: Any = optimizer) -> None:

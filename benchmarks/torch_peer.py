@@ -15,14 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.measure import on_accelerator
 from sevo_jax import normalized_adjacency
+
+
+def device() -> str:
+    """Where to run: a GPU if JAX has one too."""
+    return "cuda" if on_accelerator() and torch.cuda.is_available() else "cpu"
 
 
 def csr(graph: Any) -> torch.Tensor:
     """The normalised adjacency of a graph as a sparse matrix of PyTorch."""
     rows: Any = normalized_adjacency(graph, layout="rows")
     arrays = (np.array(a) for a in (rows.row_splits, rows.columns, rows.weights))
-    return torch.sparse_csr_tensor(*map(torch.from_numpy, arrays), size=(rows.num_nodes,) * 2)
+    size = (rows.num_nodes,) * 2
+    return torch.sparse_csr_tensor(*map(torch.from_numpy, arrays), size=size).to(device())
 
 
 @torch.no_grad()
@@ -125,7 +132,8 @@ def training_batches(split: Any, batch_size: int, width: int) -> list[tuple[torc
         inputs = padded(values, starts, lengths[users], width)
         targets = padded(values, starts + 1, lengths[users], width)
         drawn = rng.integers(1, split.dataset.num_items + 1, inputs.shape)
-        batches.append((inputs, targets, torch.from_numpy(drawn) * (targets > 0)))
+        batch = inputs, targets, torch.from_numpy(drawn) * (targets > 0)
+        batches.append(tuple(part.to(device()) for part in batch))
     return batches
 
 
@@ -147,11 +155,11 @@ def ndcg_at_10(model: SASRec, chunks) -> float:
     """Mean over chunks of (inputs, targets, rows and items of the history to mask)."""
     model.eval()
     total, count = 0.0, 0
+    place = torch.arange(2, 12, device=device()).log2()
     for inputs, targets, rows, items in chunks:
         scores = model(inputs)[:, -1] @ model.items.weight[1:].T
         scores[rows, items] = -1e23
         hits = scores.topk(10).indices == targets[:, None]
-        place = torch.arange(2, 12).log2()
         total += float((hits / place).sum())
         count += len(targets)
     model.train()

@@ -211,10 +211,15 @@ def draw_negatives(key: jax.Array, data: TrainData, users: jax.Array) -> jax.Arr
             open_ & ~below, middle, high
         )
 
-    low, _ = jax.lax.while_loop(
-        lambda bounds: (bounds[0] < bounds[1]).any(), halve, (first, end)
-    )
-    return rank + low - first
+    bounds = first, end
+    if jax.default_backend() == "cpu":
+        bounds = jax.lax.while_loop(lambda b: (b[0] < b[1]).any(), halve, bounds)
+    else:
+        # As often as any row could need: the host would have to wait for the device to learn
+        # whether to go on, and these few steps fuse.
+        for _ in range(len(data.seen_gaps).bit_length()):
+            bounds = halve(bounds)
+    return rank + bounds[0] - first
 
 
 def _padded(array: jax.Array) -> jax.Array:

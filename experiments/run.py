@@ -3,8 +3,8 @@
 A run lives in a folder: `run.json` (what was asked for), `records.jsonl`, `checkpoints/`,
 `item_ids.npy` (external ids, for recommending) and at the end `ranks.npz` (the rank of every
 test target). A sweep trains several settings in one compiled program; each has such a folder
-of its own, but for the checkpoints, which are in the folder above. After every epoch the whole
-state is saved, so that a run that was interrupted goes on from there and ends with the same
+of its own, but for the checkpoints, which are in the folder above. The whole state is saved as
+training goes on, so that a run that was interrupted goes on from there and ends with the same
 bits as one that was not.
 """
 
@@ -49,6 +49,7 @@ from experiments.training import Trainer, TrainState
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 SELECTION = "NDCG@10"  # the validation metric that picks the best epoch
+SAVING = 0.05  # the share of the time that may go into checkpoints between the first and last
 
 
 @dataclass
@@ -316,7 +317,7 @@ def fit_sweep(
                 )
         for one, length in zip(logs, progress.records_bytes or [0] * len(logs), strict=True):
             one.truncate(length)
-        started = time.perf_counter() - progress.seconds
+        started, next_save = time.perf_counter() - progress.seconds, 0.0
         for epoch in range(progress.epoch + 1, config.epochs + 1):
             progress.epoch = epoch
             if epoch > 0:
@@ -337,7 +338,16 @@ def fit_sweep(
                 log("valid", epoch, found, time.perf_counter() - started)
             progress.records_bytes = [one.flush() for one in logs]
             progress.seconds = time.perf_counter() - started
-            _save(manager, epoch, state, progress)
+            # Of several processes each has its own clock, but all must save together.
+            if (
+                epoch == config.epochs
+                or time.perf_counter() >= next_save
+                or jax.process_count() > 1
+            ):
+                began = time.perf_counter()
+                _save(manager, epoch, state, progress)
+                saved = time.perf_counter()
+                next_save = saved + (saved - began) / SAVING
             report(progress)
     best_ranks = rank(state.best_params, test_data, 1)
     test, last = metrics(best_ranks), metrics(rank(state.evaluated, test_data, 1))
@@ -483,13 +493,13 @@ def _check_finite(losses: np.ndarray, runs: list[tuple[str, int]], epoch: int) -
         bad = [run for run, loss in zip(runs, losses, strict=True) if not np.isfinite(loss)]
         named = ", ".join(f"{seed} of {label}" if label else str(seed) for label, seed in bad)
         raise FloatingPointError(
-            f"the loss of seed {named} is not finite in epoch {epoch}; the "
-            "checkpoint of the epoch before is kept. Try a smaller learning rate."
+            f"the loss of seed {named} is not finite in epoch {epoch}; the newest "
+            "checkpoint is kept. Try a smaller learning rate."
         )
 
 
 def _checkpoints(folder: Path) -> ocp.CheckpointManager:
-    # Not in the background: a kill must lose no more than the epoch under way.
+    # Not in the background: what is said to be saved is on the disk.
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     return ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), options=options)
 

@@ -13,13 +13,15 @@ import jax.numpy as jnp
 
 from models.packing import Packed
 
+_INSIDE = "promise_in_bounds"  # or a GPU computes for each tile whether it is there
+
 
 class Tiles(NamedTuple):
     """Where the slots of a stream stand among K tiles of R rows, step after step."""
 
     row: jax.Array  # int32 [T], the slot's row among K R; K R for an unused slot
     previous: jax.Array  # int32 [K], the tile of the step before; K for the first step's tiles
-    count: jax.Array  # int32 [], tiles in use
+    count: jax.Array | None  # int32 [], tiles in use; None for all
 
 
 def gru_cell(weights: jax.Array, hidden: jax.Array, inputs: jax.Array) -> jax.Array:
@@ -33,8 +35,13 @@ def gru_cell(weights: jax.Array, hidden: jax.Array, inputs: jax.Array) -> jax.Ar
     Returns:
       The new hidden state, `[..., H]`.
     """
+    return _gated(hidden @ weights, hidden, inputs)
+
+
+def _gated(gates: jax.Array, hidden: jax.Array, inputs: jax.Array) -> jax.Array:
+    """`gru_cell` from what the hidden state gives to the gates, `[..., 3 H]`."""
     reset_in, update_in, new_in = jnp.split(inputs, 3, axis=-1)
-    reset_h, update_h, new_h = jnp.split(hidden @ weights, 3, axis=-1)
+    reset_h, update_h, new_h = jnp.split(gates, 3, axis=-1)
     update = jax.nn.sigmoid(update_in + update_h)
     new = jnp.tanh(new_in + jax.nn.sigmoid(reset_in + reset_h) * new_h)
     return (1 - update) * new + update * hidden
@@ -55,13 +62,19 @@ def packed_gru(
       `[T, H]`; unused slots hold arbitrary finite values.
     """
     num_slots, num_sequences = len(inputs), len(stream.lengths)
-    # Small tiles waste little on sequences that have just ended. An accelerator rather takes
-    # the whole batch at once, in `max_length` steps.
-    tile_rows = 32 if jax.default_backend() == "cpu" else num_sequences
-    num_tiles = min(
-        num_slots // tile_rows + max_length, -(-num_sequences // tile_rows) * max_length
-    )
-    tiles = _tiles(stream, max_length, tile_rows, num_tiles)
+    if jax.default_backend() == "cpu":
+        tile_rows = 32  # a small one wastes little on sequences that have just ended
+        num_tiles = min(
+            num_slots // tile_rows + max_length, -(-num_sequences // tile_rows) * max_length
+        )
+        tiles = _tiles(stream, max_length, tile_rows, num_tiles)
+    else:
+        # The whole batch in each of `max_length` steps. As their number is known, the host does
+        # not wait for the device in each, nor do seeds in a batch wait for each other.
+        tile_rows, num_tiles = num_sequences, max_length
+        row = stream.offset * tile_rows + stream.segment
+        previous = (jnp.arange(num_tiles) - 1) % (num_tiles + 1)
+        tiles = Tiles(jnp.where(stream.used, row, num_tiles * tile_rows), previous, count=None)
     num_rows = num_tiles * tile_rows
     slot = (
         jnp.zeros(num_rows, jnp.int32)
@@ -98,11 +111,12 @@ def _recurrence(weights: jax.Array, inputs: jax.Array, tiles: Tiles) -> jax.Arra
     def step(tile: jax.Array, states: jax.Array) -> jax.Array:
         # The tile past the end stays zero: the state before the first step.
         new = gru_cell(weights, states[tiles.previous[tile]], inputs[tile])
-        return states.at[tile].set(new)
+        return states.at[tile].set(new, mode=_INSIDE)
 
     num_tiles, tile_rows, _ = inputs.shape
+    count = num_tiles if tiles.count is None else tiles.count
     start = jnp.zeros((num_tiles + 1, tile_rows, weights.shape[0]), inputs.dtype)
-    return jax.lax.fori_loop(0, tiles.count, step, start)[:-1]
+    return jax.lax.fori_loop(0, count, step, start)[:-1]
 
 
 def _forward(weights: jax.Array, inputs: jax.Array, tiles: Tiles):
@@ -112,29 +126,33 @@ def _forward(weights: jax.Array, inputs: jax.Array, tiles: Tiles):
 
 def _backward(kept: tuple, gradient: jax.Array):
     # JAX does not differentiate loops of unknown length, so the tiles are retraced by hand;
-    # the gradient of a tile's state is complete once all tiles after it are done.
+    # the gradient of a tile's state is complete once all tiles after it are done. What needs
+    # no order, the gates and the weights' gradient, is one product for all tiles.
     weights, inputs, tiles, states = kept
     zero = jnp.zeros_like(states[:1])
-    states = jnp.concatenate([states, zero])
+    before = jnp.concatenate([states, zero])[tiles.previous]
+    gates = before @ weights
+    count = len(states) if tiles.count is None else tiles.count
 
     def step(i: jax.Array, carry: tuple):
-        state_grads, input_grads, weight_grad = carry
-        tile = tiles.count - 1 - i
-        previous = tiles.previous[tile]
-        _, pull_back = jax.vjp(gru_cell, weights, states[previous], inputs[tile])
-        to_weights, to_previous, to_inputs = pull_back(state_grads[tile])
+        state_grads, gate_grads, input_grads = carry
+        tile = count - 1 - i
+        _, pull_back = jax.vjp(_gated, gates[tile], before[tile], inputs[tile])
+        to_gates, to_before, to_inputs = pull_back(state_grads[tile])
+        to_before += to_gates @ weights.T
         return (
-            state_grads.at[previous].add(to_previous),
-            input_grads.at[tile].set(to_inputs),
-            weight_grad + to_weights,
+            state_grads.at[tiles.previous[tile]].add(to_before, mode=_INSIDE),
+            gate_grads.at[tile].set(to_gates, mode=_INSIDE),
+            input_grads.at[tile].set(to_inputs, mode=_INSIDE),
         )
 
     start = (
         jnp.concatenate([gradient, zero]),
         jnp.zeros_like(inputs),
-        jnp.zeros_like(weights),
+        jnp.zeros_like(inputs),
     )
-    _, to_inputs, to_weights = jax.lax.fori_loop(0, tiles.count, step, start)
+    _, gate_grads, to_inputs = jax.lax.fori_loop(0, count, step, start)
+    to_weights = jnp.einsum("krh,krg->hg", before, gate_grads)
     return to_weights, to_inputs, None
 
 

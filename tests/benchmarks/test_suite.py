@@ -128,17 +128,38 @@ def test_targets_are_judged_by_hand():
     assert found["1. psi at Beauty, compiled / torch CSR"][1] == "**no**, by a factor of 1.17"
     assert found["5. temporary memory of psi, in N d floats"] == ["beauty, rows 1", "yes"]
     assert found["5. compilation of psi, s"][1] == "**no**, by a factor of 2"
-    assert found["8. on a GPU"] == ["not measured", ""]
     weaker = beauty | {"peers": {"PyG": "gather, as torch_sparse is not installed"}}
     lines = page.targets({("psi", "beauty"): weaker})
     found = {line[0].partition(":")[0]: line[1:] for line in lines}
     assert found["1. psi at Beauty, rows / PyG"][1].startswith("not judged")
     assert found["1. psi at Beauty, rows / torch CSR"] == ["beauty 1", "yes"]
     numbers = {int(line[0][0]) for line in lines}
-    assert numbers == set(range(1, 9))
+    assert numbers == set(range(1, 8))
     text = page.text([beauty])
     assert "| compiled | 1.4 (0.7) | 0.35 | 0.28 | 10.0 | 25 % |" in text
     assert text == page.text([beauty]) and "PyG: so." in text
+
+
+def test_targets_of_a_gpu_are_judged_by_hand():
+    psi = _record("psi", "beauty", arms=_arms(edges=5e-5, torch_CSR=4e-5), edges=10, items=4)
+    psi |= {"peers": {}, "copy GB/s": 40}
+    large = psi | {"size": "clothing", "arms": _arms(edges=1e-3, torch_CSR=2e-3)}
+    epoch = _record("epoch", "beauty", torch="no", arms=_arms(ranking=0.1, unused=1.0))
+    epoch["arms"]["epoch, sevo_adamw"] = {"median": 0.12, "min": 0.1}
+    seeds = _record("seeds", "beauty", number=4, arms={})
+    seeds["arms"] = {f"edges, {n}": {"median": n**2 / 2, "min": 0.1} for n in (1, 4)}
+    records = [r | {"device": "1 gpu (X)"} for r in (psi, large, epoch, seeds)]
+    lines = page.gpu_targets({(r["benchmark"], r["size"]): r for r in records})
+    assert [line[1:] for line in lines] == [
+        ["beauty 0.8; clothing 2", "**no**, by a factor of 1.25"],
+        ["clothing 25", "**no**, by a factor of 2"],
+        ["beauty 50", "yes"],
+        ["beauty 28.1", "yes"],
+        ["beauty, edges 16", "**no**, by a factor of 3.64"],
+    ]
+    text = page.text([*records, _record("epoch", "beauty", torch="no", arms={})])
+    assert text.count("## On 1 gpu (X)") == 1 and "beauty 28.1 | yes" in text
+    assert len(re.findall("- epoch, beauty", text)) == 2  # neither hides the other
 
 
 def test_the_page_of_nothing_and_its_tables():

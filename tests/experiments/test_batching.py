@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from scipy import stats
 
+from experiments import batching
 from experiments.batching import (
     TrainData,
     draw_negatives,
@@ -170,9 +171,11 @@ def test_batches_hold_consecutive_items_of_the_right_user(windows):
 SEEN = [[0, 1], [11, 10, 9], [2, 7, 3, 8], [5, 5, 6, 5], [*range(4), *range(5, 12)]]
 
 
-def test_negatives_are_uniform_over_the_unseen():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_negatives_are_uniform_over_the_unseen(backend, monkeypatch):
     """Chi-square for users whose seen items lie in every way that the search can meet."""
     data = training_data(ragged(SEEN), NUM_ITEMS, max_length=4)
+    monkeypatch.setattr(batching.jax, "default_backend", lambda: backend)
     num = 6000
     users = jnp.repeat(jnp.arange(len(SEEN)), num)
     draws = np.asarray(jax.jit(draw_negatives)(KEY, data, users)).reshape(len(SEEN), num)

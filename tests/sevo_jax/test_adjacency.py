@@ -73,8 +73,9 @@ def test_layout_equals_the_matrix(layout, table_dtype, beta):
         )
 
 
-# Tables of 3 columns stand side by side, those of 60 take turns, those of 20 do both.
-@pytest.mark.parametrize("d", [3, 20, 60])
+# Tables of 3 columns stand side by side, those of 60 take turns, those of 20 do both; as edges
+# only those of 100 do both.
+@pytest.mark.parametrize("d", [3, 20, 60, 100])
 @pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_vmapped_tables(layout, d):
     graph, xs = random_graph(), _table(7, 20, d)
@@ -116,6 +117,32 @@ def test_second_derivatives(layout):
 
     for found, expected in zip(derivatives(layout), derivatives("dense"), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["edges", "padded"])
+def test_forward_mode(layout):
+    """Of the table and of beta, batched, and mixed with reverse mode."""
+    xs, tangents = (jnp.asarray(_table(3, 20, 2, seed=i), jnp.float32) for i in range(2))
+
+    def derivatives(layout):
+        adjacency = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
+
+        def loss(x, beta):
+            return (sevo_jax.smooth(adjacency, x, beta=beta) ** 3).sum()
+
+        def along(x, tangent, beta):
+            return jax.jvp(loss, (x, beta), (tangent, 0.7))[1]
+
+        reverse = jax.grad(along, (0, 2))
+        return (
+            jax.vmap(along, (0, 0, None))(xs, tangents, 0.5),
+            jax.vmap(reverse, (0, 0, None))(xs, tangents, 0.5),
+            jax.hessian(loss, (0, 1))(xs[0], 0.5),
+        )
+
+    found, expected = map(jax.tree.leaves, (derivatives(layout), derivatives("dense")))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("layout", EVERY_LAYOUT)
