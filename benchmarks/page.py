@@ -11,6 +11,7 @@ Record = dict[str, Any]
 Found = dict[tuple[str, str], Record]  # by benchmark and size
 ORDER = ("tiny", "beauty", "electronics", "clothing", "1m", "1M", "10M", "100M")
 LARGE = ("electronics", "clothing", "1m")  # 10 million edges and more
+SIZES = ("beauty", *LARGE)
 EPOCHS, RANKINGS = 200, 41  # of a whole training on Beauty
 NOTHING = "not measured"
 
@@ -92,7 +93,7 @@ def targets(found: Found) -> list[list[str]]:
     def field(name: str, arm_names: tuple[str, ...]) -> list[Any]:
         return [
             (f"{size}, {arm}", arms("psi", size).get(arm, {}).get(name))
-            for size in ("beauty", *LARGE)
+            for size in SIZES
             for arm in arm_names
         ]
 
@@ -150,7 +151,7 @@ def targets(found: Found) -> list[list[str]]:
 
 
 def gpu_targets(found: Found) -> list[list[str]]:
-    """Those of target 8, from the records of one GPU."""
+    """Target 8, and those of the others that a GPU can meet, from the records of one."""
 
     def arms(benchmark: str, size: str) -> Record:
         return found.get((benchmark, size), {}).get("arms", {})
@@ -166,6 +167,11 @@ def gpu_targets(found: Found) -> list[list[str]]:
     def of_copy(record: Record, arms: Record) -> float:
         return 100 * arms["edges"]["GB/s"] / record["copy GB/s"]
 
+    def step(size: str) -> float | None:
+        times = arms("step", size)
+        torch = times.get("torch sevo")
+        return torch and torch["median"] / times["sevo, edges"]["median"]
+
     epoch = arms("epoch", "beauty")
     seed = epoch and EPOCHS * epoch["epoch, sevo_adamw"]["median"] + (
         RANKINGS * epoch["ranking"]["median"]
@@ -176,13 +182,19 @@ def gpu_targets(found: Found) -> list[list[str]]:
     together = times and times[f"edges, {number}"]["median"] / times["edges, 1"]["median"]
     rows = [
         ("8. GPU: psi, torch CSR / edges", 1, least,
-         [(size, of_psi(size, against_torch)) for size in ("beauty", *LARGE)]),
+         [(size, of_psi(size, against_torch)) for size in SIZES]),
         ("8. GPU: psi at 16M edges, share of the copy bandwidth, %", 50, least,
          [("clothing", of_psi("clothing", of_copy))]),
         ("8. GPU: psi at Beauty, microseconds", 100, most,
          [("beauty", of_psi("beauty", lambda _, a: 1e6 * a["edges"]["median"]))]),
         (f"8. GPU: Beauty, {EPOCHS} epochs and {RANKINGS} validations, s", 30, most,
          [("beauty", seed or None)]),
+        ("4. GPU: step at Beauty, torch + SEvo / sevo, edges", 8, least,
+         [("beauty", step("beauty"))]),
+        ("4. GPU: step at 377k items, torch + SEvo / sevo, edges", 2.4, least,
+         [("clothing", step("clothing"))]),
+        ("5. GPU: temporary memory of psi, in N d floats", 3.1, most,
+         [(size, of_psi(size, lambda _, a: a["edges"].get("tables"))) for size in SIZES]),
         (f"6. GPU: {number} tables under `vmap` / one", 1.1 * number, most,
          [("beauty, edges", together or None)]),
     ]  # fmt: skip
@@ -195,7 +207,8 @@ def _accelerator(device: str, found: Found) -> list[str]:
         f"## On {device}",
         "Of psi, the time within a compiled program, as in training; a single call from Python "
         "takes some tens of microseconds more. PyTorch's calls wait in the device's queue. "
-        "Otherwise as below.",
+        "Precisions are the defaults: matrix products, of which psi has none, take TF32 in JAX "
+        "and float32 in PyTorch. Otherwise as below.",
         *(_psi(r) for r in _of(found, "psi")),
         _seeds(_of(found, "seeds")),
         *(_step(r) for r in _of(found, "step")),

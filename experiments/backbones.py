@@ -73,6 +73,7 @@ def _next_item(num_items: int, config: Config) -> NextItem:
         config.label_smoothing,
         config.gbce_t,
         config.pvn_weight,
+        config.loader_workers,
     )
 
 
@@ -87,7 +88,7 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "bert4rec": Backbone(
         models.BERT4Rec,
-        lambda _, config: MaskedItem(config.mask_prob),
+        lambda _, config: MaskedItem(config.mask_prob, config.loader_workers),
         _ATTENTION,
         tables="(item|output)_embedding",
     ),
@@ -103,10 +104,15 @@ BACKBONES: dict[str, Backbone] = {
         _ATTENTION
         | _same("attention_dropout_rate", "filter_weight", "filter_cutoff", "cosine_scale"),
     ),
-    "mf": Backbone(models.MF, lambda *_: UserItem(), _same("dim"), knows_users=True),
+    "mf": Backbone(
+        models.MF,
+        lambda _, config: UserItem(config.loader_workers),
+        _same("dim"),
+        knows_users=True,
+    ),
     "lightgcn": Backbone(
         models.LightGCN,
-        lambda *_: UserItem(),
+        lambda _, config: UserItem(config.loader_workers),
         {"dim": "dim", "num_layers": "num_blocks"},
         knows_users=True,
     ),

@@ -6,6 +6,7 @@ windows are packed into one stream (`models.packing`), and negatives are drawn u
 the items that the user never trained on.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -127,15 +128,47 @@ def _seen(values: np.ndarray, splits: np.ndarray, num_items: int):
     return pairs % num_items - place, seen_splits
 
 
-def epoch_order(key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
-    """A random partition of the windows, int32 `[steps, batch_size]`.
+def epoch_order(
+    key: jax.Array, data: TrainData, batch_size: int, workers: int = 1
+) -> jax.Array:
+    """A random partition of the windows, int32 `[steps, batch_size]`; see `in_batches`."""
 
-    The last batch may be partial; its free places hold `num_windows`, a window of length 0.
+    def shuffled(key: jax.Array) -> jax.Array:
+        return jax.random.permutation(key, data.num_windows)
+
+    return in_batches(shuffled, key, batch_size, workers, data.num_windows)
+
+
+def in_batches(
+    draw: Callable[[jax.Array], jax.Array],
+    key: jax.Array,
+    batch_size: int,
+    workers: int,
+    free: int,
+) -> jax.Array:
+    """What is drawn for an epoch as batches, int32 `[steps, batch_size]`.
+
+    Args:
+      draw: windows `[n]` from a key.
+      workers: with more than one, each draws for itself, keeps every so many-th window, and
+        makes batches of these, which take turns: the loader of the official code. So a window
+        may come several times in an epoch or not at all, and each worker's last batch is
+        partial. One worker takes all windows.
+      free: what stands in the free places of a partial batch, a window of length 0.
     """
-    order = jax.random.permutation(key, data.num_windows)
-    missing = -data.num_windows % batch_size
-    order = jnp.pad(order, (0, missing), constant_values=data.num_windows)
-    return order.reshape(-1, batch_size).astype(jnp.int32)
+    if workers == 1:
+        parts = [draw(key)]
+    else:
+        keys = jax.random.split(key, workers)
+        parts = [draw(keys[worker])[worker::workers] for worker in range(workers)]
+    parts = [
+        jnp.pad(part, (0, -len(part) % batch_size), constant_values=free).reshape(
+            -1, batch_size
+        )
+        for part in parts
+    ]
+    turns = np.argsort(np.concatenate([np.arange(len(part)) for part in parts]), kind="stable")
+    return jnp.concatenate(parts)[turns].astype(jnp.int32)
 
 
 def most_slots(order: jax.Array, data: TrainData) -> jax.Array:

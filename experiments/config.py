@@ -124,6 +124,9 @@ class Config:
     # A batch is packed into so many streams, each drawn on its own. They are what the devices
     # of a mesh share; on one device they give the same numbers.
     streams: int = 1
+    # The official code's loader has 4, which makes more and smaller batches of an epoch; see
+    # `batching.in_batches`.
+    loader_workers: int = 1
     max_length: int = 50
     dim: int = 64
     num_blocks: int = 2  # of attention, or layers of propagation for lightgcn

@@ -66,6 +66,7 @@ class NextItem:
       gbce_t: the calibration t of `"gbce"`, 0 for plain BCE and 1 for a calibrated one.
       pvn_weight: of STOSA's second term, which is added to `"bce"` and `"bpr"`: the mean of
         relu(score of positive and negative item - score of the positive).
+      workers: of an epoch's order, see `batching.in_batches`.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class NextItem:
     label_smoothing: float = 0.0
     gbce_t: float = 0.75
     pvn_weight: float = 0.0
+    workers: int = 1
     num_queries = 0
 
     @property
@@ -82,7 +84,7 @@ class NextItem:
         return self.kind in ("bce", "bpr", "gbce")
 
     def order(self, key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
-        return batching.epoch_order(key, data, batch_size)
+        return batching.epoch_order(key, data, batch_size, self.workers)
 
     def sample(
         self, key: jax.Array, data: TrainData, windows: jax.Array, num_slots: int
@@ -188,14 +190,16 @@ class MaskedItem:
 
     Args:
       mask_prob: each item is hidden with this probability.
+      workers: of an epoch's order, see `batching.in_batches`.
     """
 
     mask_prob: float
+    workers: int = 1
     num_queries = 1
     MASK = 1  # its table row
 
     def order(self, key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
-        return batching.epoch_order(key, data, batch_size)
+        return batching.epoch_order(key, data, batch_size, self.workers)
 
     def sample(
         self, key: jax.Array, data: TrainData, windows: jax.Array, num_slots: int
@@ -260,16 +264,19 @@ class UserItem:
 
     An epoch has as many draws as there are training interactions. A model that propagates over
     the user-item graph gets it as the trainer's `context`.
+
+    Args:
+      workers: of an epoch's order, see `batching.in_batches`.
     """
 
+    workers: int = 1
     num_queries = 0
 
     def order(self, key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
-        num_draws = len(data.values)
-        drawn = jax.random.randint(key, (num_draws,), 0, data.num_windows, jnp.int32)
-        missing = -num_draws % batch_size
-        drawn = jnp.pad(drawn, (0, missing), constant_values=data.num_windows)
-        return drawn.reshape(-1, batch_size)
+        def drawn(key: jax.Array) -> jax.Array:
+            return jax.random.randint(key, data.values.shape, 0, data.num_windows, jnp.int32)
+
+        return batching.in_batches(drawn, key, batch_size, self.workers, data.num_windows)
 
     def sample(
         self, key: jax.Array, data: TrainData, windows: jax.Array, num_slots: int

@@ -113,6 +113,9 @@ class Job:
     train_users: float | None = None
     """Train on this share of the users, drawn at random; test on all."""
     batch_size: int | None = None
+    loader_workers: int | None = None
+    """4 draws an epoch's batches as the official code's loader does, whose four workers shuffle
+    and batch on their own; by default an epoch takes every window once."""
     max_length: int | None = None
     dim: int | None = None
     num_blocks: int | None = None

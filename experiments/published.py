@@ -308,7 +308,7 @@ def published(
         published runs, so that no other split or filter is taken for theirs.
     """
     key = (config.model, data["name"])
-    if replace(config, streams=1) != preset(*key, config.optimizer):
+    if replace(config, streams=1, loader_workers=1) != preset(*key, config.optimizer):
         return None
     if (data.get("items"), data.get("train")) != _SIZES.get(data["name"]):
         return None

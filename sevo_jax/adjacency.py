@@ -47,9 +47,10 @@ def normalized_adjacency(
         (gathers and sums in a fixed order, without atomics on a GPU), `"compiled"` (rows
         with a product in C++, for CPUs, once `python -m sevo_jax.compile` has built it), or
         `"auto"`, which takes `"compiled"` on a CPU if it is built and `"rows"` if not, and
-        `"edges"` elsewhere. Programs with the two CPU layouts cannot be exported by
-        `jax.export`, and need `check_vma=False` in a `shard_map` of your own that splits the
-        table's columns.
+        `"edges"` elsewhere. On a GPU the sums of `"edges"` are atomic, so their last bits
+        differ from run to run; those of `"padded"` do not. Programs with the two CPU layouts
+        cannot be exported by `jax.export`, and need `check_vma=False` in a `shard_map` of your
+        own that splits the table's columns.
       capacity: pad to this number of edges, which then cost time but change nothing.
       messages: `"bfloat16"` lets the rows of a float32 table travel along edges in half
         precision, which halves the memory traffic. Sums stay in float32; psi is then off by
@@ -120,10 +121,18 @@ def normalized_adjacency(
 #   376k,  16M            302     751                          474
 #   1M,    41M          1,270   3,310                        2,070
 #
-# There is no size at which the order turns. Elsewhere nothing has been timed. On a GPU `edges`
-# is one fused sum (`Edges`); for a TPU v5e it moves, by the compiler's account, 73 MB with
-# 3,400 nodes and 0.7M edges and 187 MB with 20,000 and 0.36M, where `dense` moves 341 MB and
-# 4.9 GB.
+# There is no size at which the order turns. On a GPU (NVIDIA H200):
+#
+#   nodes, edges       edges  padded   dense   torch CSR
+#   12k,  0.2M          .056     .15     1.8         .24
+#   160k,  10M           1.9     2.0                 2.1
+#   376k,  16M           3.1     4.4                 4.3
+#   1M,    41M          10.4    12.0                12.3
+#
+# At 10 and 16 million edges `edges` moves as many bytes a second as a copy of memory. A few
+# thousand nodes, where `dense` might be ahead, have not been timed. Nor has a TPU: for a v5e,
+# by the compiler's account, `edges` moves 73 MB with 3,400 nodes and 0.7M edges and 187 MB with
+# 20,000 and 0.36M, where `dense` moves 341 MB and 4.9 GB.
 _FASTEST: dict[str, tuple[Layout, ...]] = {"cpu": ("compiled", "rows"), "other": ("edges",)}
 # Rows stay in the order of the table. Ordered by degree or by Cuthill and McKee's algorithm,
 # psi takes 94 to 107 % of the time on the first three graphs in these two layouts, and the

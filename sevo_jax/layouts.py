@@ -7,6 +7,7 @@ capacity.
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -146,6 +147,7 @@ def _segments_in_turn(adjacency: Edges, x: jax.Array) -> jax.Array:
     return _add_chunks(adjacency.receivers, adjacency.senders, weights, sent, _TPU_CHUNK)
 
 
+@functools.partial(jax.jit, static_argnums=4)  # or each call outside of `jit` would compile
 def _add_chunks(
     rows: jax.Array, columns: jax.Array, weights: jax.Array, x: jax.Array, size: int
 ) -> jax.Array:

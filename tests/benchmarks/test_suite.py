@@ -144,17 +144,24 @@ def test_targets_of_a_gpu_are_judged_by_hand():
     psi = _record("psi", "beauty", arms=_arms(edges=5e-5, torch_CSR=4e-5), edges=10, items=4)
     psi |= {"peers": {}, "copy GB/s": 40}
     large = psi | {"size": "clothing", "arms": _arms(edges=1e-3, torch_CSR=2e-3)}
+    for record in (psi, large):
+        record["arms"]["edges"]["tables"] = 3.0
+    step = _record("step", "beauty", torch="no", items=4, edges=10)
+    step["arms"] = _arms(adamw=1.0, torch_sevo=20.0) | {"sevo, edges": {"median": 2, "min": 2}}
     epoch = _record("epoch", "beauty", torch="no", arms=_arms(ranking=0.1, unused=1.0))
     epoch["arms"]["epoch, sevo_adamw"] = {"median": 0.12, "min": 0.1}
     seeds = _record("seeds", "beauty", number=4, arms={})
     seeds["arms"] = {f"edges, {n}": {"median": n**2 / 2, "min": 0.1} for n in (1, 4)}
-    records = [r | {"device": "1 gpu (X)"} for r in (psi, large, epoch, seeds)]
+    records = [r | {"device": "1 gpu (X)"} for r in (psi, large, epoch, seeds, step)]
     lines = page.gpu_targets({(r["benchmark"], r["size"]): r for r in records})
     assert [line[1:] for line in lines] == [
         ["beauty 0.8; clothing 2", "**no**, by a factor of 1.25"],
         ["clothing 25", "**no**, by a factor of 2"],
         ["beauty 50", "yes"],
         ["beauty 28.1", "yes"],
+        ["beauty 10", "yes"],
+        ["not measured", ""],
+        ["beauty 3; clothing 3", "yes"],
         ["beauty, edges 16", "**no**, by a factor of 3.64"],
     ]
     text = page.text([*records, _record("epoch", "beauty", torch="no", arms={})])

@@ -134,6 +134,24 @@ def test_an_epoch_is_an_exact_partition(batch_size):
     assert np.any(orders[0] != orders[2])
 
 
+def test_an_epoch_of_several_workers():
+    """Of 22 windows and 4 workers two have six windows and two five; batches of 4 take turns.
+
+    How often a window comes is binomial: each worker takes it or not, a quarter of the times.
+    """
+    data, counts = data_for("prefixes")._replace(starts=jnp.zeros(22, jnp.int32)), []
+    assert data.num_windows == 22
+    for seed in range(400):
+        order = np.asarray(epoch_order(jax.random.key(seed), data, 4, workers=4))
+        assert (order < 22).sum(axis=1).tolist() == [4, 4, 4, 4, 2, 2, 1, 1]
+        for worker in range(4):  # which has no window twice
+            own = order[worker::4].ravel()
+            assert len(set(own[own < 22])) == (own < 22).sum()
+        counts.append(np.bincount(order[order < 22], minlength=22))
+    found = np.bincount(np.ravel(counts), minlength=5) / np.size(counts)
+    np.testing.assert_allclose(found, stats.binom(4, 1 / 4).pmf(range(5)), atol=0.02)
+
+
 @pytest.mark.parametrize("windows", ["last", "prefixes", "whole"])
 def test_batches_hold_consecutive_items_of_the_right_user(windows):
     """Slot for slot, for all windows of an epoch; users next to each other never mix."""

@@ -239,6 +239,7 @@ def test_chunked_fallback(dtype_name, monkeypatch):
         np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=tolerance)
 
 
+@pytest.mark.cpu
 def test_rows_use_the_native_product():
     """On CPU and within `vmap`; a silent gather and scatter would be ten times slower."""
     adjacency = sevo_jax.normalized_adjacency(random_graph(), layout="rows")
@@ -249,6 +250,7 @@ def test_rows_use_the_native_product():
         assert "scatter" not in text and "gather(" not in text
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "layout, messages",
     [
@@ -338,12 +340,13 @@ def test_padded_rows_of_many_neighbours(num_leaves, monkeypatch):
     np.testing.assert_allclose(y, _expected(star, x, 0.99), atol=3e-6)
 
 
+@pytest.mark.cpu
 def test_auto_takes_rows_on_cpu(monkeypatch, tmp_path):
-    assert jax.default_backend() == "cpu"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert type(sevo_jax.normalized_adjacency(random_graph())) is layouts.Rows
 
 
+@pytest.mark.cpu
 def test_a_graph_is_prepared_without_a_home_folder(monkeypatch):
     for name in ("XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -351,6 +354,7 @@ def test_a_graph_is_prepared_without_a_home_folder(monkeypatch):
     assert type(sevo_jax.normalized_adjacency(random_graph())) is layouts.Rows
 
 
+@pytest.mark.cpu
 @needs_compiler
 def test_auto_takes_compiled_rows_on_cpu_if_built(library, monkeypatch, tmp_path):
     assert isinstance(sevo_jax.normalized_adjacency(random_graph()), native.Compiled)
@@ -427,7 +431,9 @@ def test_compiled_rows_of_a_large_table(num_layers, library):
     np.testing.assert_allclose(y, _expected(graph, x, 0.99, num_layers), atol=3e-6)
 
 
-@pytest.mark.parametrize("layout", ["edges", pytest.param("compiled", marks=needs_compiler)])
+@pytest.mark.parametrize(
+    "layout", ["edges", pytest.param("compiled", marks=[needs_compiler, pytest.mark.cpu])]
+)
 def test_messages_in_half_precision(layout, library):
     graph, x = random_graph(), _table(20, 67)
     exact, half = (
