@@ -177,8 +177,9 @@ def gpu_targets(found: Found) -> list[list[str]]:
         RANKINGS * epoch["ranking"]["median"]
     )
     most, least = True, False
-    number = next((r["number"] for (name, _), r in found.items() if name == "seeds"), 4)
-    times = arms("seeds", "beauty")
+    seeds = found.get(("seeds", "beauty"), {})
+    number, times = seeds.get("number", 4), seeds.get("arms")
+    calls = "" if "rounds" in seeds else ", in single calls"
     together = times and times[f"edges, {number}"]["median"] / times["edges, 1"]["median"]
     rows = [
         ("8. GPU: psi, torch CSR / edges", 1, least,
@@ -195,7 +196,7 @@ def gpu_targets(found: Found) -> list[list[str]]:
          [("clothing", step("clothing"))]),
         ("5. GPU: temporary memory of psi, in N d floats", 3.1, most,
          [(size, of_psi(size, lambda _, a: a["edges"].get("tables"))) for size in SIZES]),
-        (f"6. GPU: {number} tables under `vmap` / one", 1.1 * number, most,
+        (f"6. GPU: {number} tables under `vmap` / one{calls}", 1.1 * number, most,
          [("beauty, edges", together or None)]),
     ]  # fmt: skip
     return [_judged(*row) for row in rows]
@@ -205,7 +206,7 @@ def _accelerator(device: str, found: Found) -> list[str]:
     """The tables of another device than a CPU."""
     return [
         f"## On {device}",
-        "Of psi, the time within a compiled program, as in training; a single call from Python "
+        "Of psi of one table, the time in a program, as in training; a single call from Python "
         "takes some tens of microseconds more. PyTorch's calls wait in the device's queue. "
         "Precisions are the defaults: matrix products, of which psi has none, take TF32 in JAX "
         "and float32 in PyTorch. Otherwise as below.",
@@ -269,8 +270,9 @@ def _seeds(found: list[Record]) -> str:
                 one, many = arms[f"{name}, 1"], arms[f"{name}, {number}"]
                 times = [_milliseconds(one), _milliseconds(many)]
                 more = f"{many['median'] / one['median']:.2f}"
-                rows.append([record["size"], name, str(number), *times, more])
-    head = ("size", "layout", "S", "one, ms (min)", "S, ms (min)", "ratio")
+                how = "in a program" if "rounds" in record else "single calls"
+                rows.append([record["size"], name, how, str(number), *times, more])
+    head = ("size", "layout", "timed", "S", "one, ms (min)", "S, ms (min)", "ratio")
     return _table(head, rows) if rows else NOTHING
 
 
@@ -288,7 +290,7 @@ def _step(record: Record) -> str:
 
 
 def _epoch(record: Record) -> str:
-    rows = [[n, f"{a['median']:.2f} ({a['min']:.2f})"] for n, a in record["arms"].items()]
+    rows = [[n, f"{a['median']:.3g} ({a['min']:.3g})"] for n, a in record["arms"].items()]
     table = _table(("what", "s (min)"), rows)
     return f"### {_title(record)}\n\n{table}\n\nPyTorch: {record['torch']}."
 

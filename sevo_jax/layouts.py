@@ -45,7 +45,7 @@ class Adjacency(abc.ABC):
 
     @abc.abstractmethod
     def matmul(self, x: jax.Array) -> jax.Array:
-        """A~ x for x `[num_nodes, d]`, in the dtype of x."""
+        """A~ x for x `[num_nodes, d]`, in the dtype of x; take no derivatives by A~."""
 
     def polynomial(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
         """sum_l c_l A~^l x, with coefficients `[L + 1, 1, 1]` or `[L + 1, 1, d]`."""
@@ -102,21 +102,27 @@ class Edges(Adjacency):
         return x.astype(self.messages) if self.messages and x.dtype == jnp.float32 else x
 
 
+@jax.jit  # or each call outside of `jit` would trace what follows anew
 def _segment_sum(adjacency: Edges, x: jax.Array) -> jax.Array:
     # `custom_vmap` alone has no reverse mode. A solver may hold one, and JAX knows of its
     # solution that it is linear in x; the equation, of which it is a symmetric solution, need
     # not be written down, as A~ is a constant.
+    constant = jax.lax.stop_gradient(adjacency)
     return jax.lax.custom_linear_solve(
-        lambda y: y, x, lambda _, x: _sum_messages(adjacency, x), symmetric=True
+        lambda y: y, x, lambda _, x: _sum_messages_jit(constant, x), symmetric=True
     )
 
 
-@custom_vmap
-def _sum_messages(adjacency: Edges, x: jax.Array) -> jax.Array:
+def _sum(adjacency: Edges, x: jax.Array) -> jax.Array:
     messages = adjacency.weights.astype(x.dtype)[:, None] * adjacency.sent(x)[adjacency.senders]
     return jax.ops.segment_sum(
         messages, adjacency.receivers, adjacency.num_nodes, indices_are_sorted=True
     )
+
+
+_sum_messages = custom_vmap(_sum)
+# Traced where it is called: in a `shard_map`, what the solver traced would not fit.
+_sum_messages_jit = jax.jit(_sum_messages)
 
 
 @_sum_messages.def_vmap
@@ -125,15 +131,18 @@ def _sum_messages_of_tables(
 ) -> tuple[jax.Array, bool]:
     """Tables stand side by side, so that an edge moves one long row.
 
-    On an H200 four tables of Amazon Beauty then take 1.7 times as long as one; batched as JAX
-    does it, five took 10 times as long.
+    As JAX batches it, the sum has the tables apart, and takes several times as long on a GPU.
+    It is left to JAX where the tables are split over an explicit mesh, or their number is none.
     """
     num_nodes, d = x.shape[-2:]
+    if not isinstance(axis_size, int) or any(jax.typeof(x).sharding.spec):
+        in_axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
+        return jax.vmap(_sum, in_axes)(adjacency, x), True
     if not in_batched[1]:
         x = jnp.broadcast_to(x, (axis_size, num_nodes, d))
     several_graphs = any(jax.tree.leaves(in_batched[0]))
     at_once = 1 if several_graphs else max(1, _SUM_WIDTH // max(1, d))
-    if at_once < axis_size:
+    if several_graphs or at_once < axis_size:
         in_batched = in_batched[0], True
         return in_turn(_sum_messages, in_batched, (adjacency, x), at_once), True
     wide = jnp.moveaxis(x, 0, 1).reshape(num_nodes, axis_size * d)

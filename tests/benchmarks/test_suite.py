@@ -86,6 +86,13 @@ def test_a_record_replaces_that_of_its_size(tmp_path, monkeypatch):
     assert [(r["size"], r["value"]) for r in lines] == [("beauty", 2), ("tiny", 3)]
     assert lines[0]["command"] == "python -m benchmarks step --data path/to/beauty"
     assert lines[0]["cpu"] and lines[0]["versions"]["jax"] and lines[0]["cores"]
+    for device in ("1 gpu (X)", "1 gpu (X)", "1 gpu (Y)"):  # another device's records stay
+        made_on = {"device": device, "versions": {}, "cores": 1}
+        monkeypatch.setattr(measure.records, "environment", lambda on=made_on: on)
+        measure.keep(tmp_path, "step", "tiny", 2, {})
+    kept = [json.loads(s) for s in (tmp_path / "step.jsonl").read_text().splitlines()]
+    assert [(r["size"], r["device"][:7]) for r in kept[2:]] == [("tiny", "1 gpu (")] * 2
+    assert [r["device"] for r in kept] == [lines[0]["device"]] * 2 + ["1 gpu (X)", "1 gpu (Y)"]
 
 
 def test_which_sizes_run():
@@ -193,7 +200,7 @@ def test_small_runs_make_a_page(tmp_path, monkeypatch, size):
     page.write(tmp_path, tmp_path / "out" / "page.md")
     text = (tmp_path / "out" / "page.md").read_text()
     assert re.search(r"\| rows \| [\d.e+]+ \([\d.e+]+\) \|", text)
-    assert "| tiny | rows | 2 |" in text and "| layers | 1: " in text
+    assert "| tiny | rows | single calls | 2 |" in text and "| layers | 1: " in text
     for one, other in itertools.pairwise(text.split("\n")):
         if one.startswith("| ---"):
             assert one.count("|") == other.count("|")

@@ -19,14 +19,14 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from experiments import cli, main_job, records
+from experiments import cli, main_job, records, run
 from experiments.backbones import BACKBONES
 from experiments.config import PRESETS, Config, preset
 from experiments.dataset import Dataset, leave_one_out
 from experiments.published import published
 from experiments.ranking import METRICS
 from experiments.recommend import top_items
-from experiments.run import fit
+from experiments.run import fit, make_trainer
 from experiments.synthetic import synthetic
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +135,41 @@ def test_resuming_a_finished_run_changes_nothing(finished, split):
     before = without_times(folder)
     fit(TINY, split, (3, 5), folder, source="here", resume=True)
     assert without_times(folder) == before
+
+
+@pytest.mark.parametrize(("share", "newest"), [(1e-9, 0), (1e9, 2)])
+def test_a_run_goes_on_from_what_it_saved(
+    share, newest, finished, split, tmp_path, monkeypatch
+):
+    """Saving may take next to no time, so that only the first state is kept, or all of it."""
+    monkeypatch.setattr(run, "SAVING", share)
+
+    def stop(progress: run.Progress) -> None:
+        if progress.epoch == 2:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        fit(TINY, split, (3, 5), folder, source="here", report=stop)
+    with ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
+        assert manager.latest_step() == newest
+    fit(TINY, split, (3, 5), folder, source="here", resume=True)
+    assert without_times(folder) == without_times(finished[1])
+    assert final_state(folder) == final_state(finished[1])
+
+
+@pytest.mark.parametrize("model", ["sasrec", "bert4rec", "mf"])
+def test_loader_workers_reach_every_objective(model, split):
+    """Four make four partial batches; the published figures are theirs as well."""
+    settings: Any = {"dim": 8, "max_length": 10, "batch_size": 28}
+    steps = []
+    for workers in (1, 4):
+        config = preset(model, "amazon_beauty", "adamw", **settings, loader_workers=workers)
+        trainer = make_trainer(config, split)
+        steps.append(len(trainer.objective.order(jax.random.key(0), trainer.data, 28)))
+    drawn = split.num_train if model == "mf" else 120
+    assert steps == [-(-drawn // 28), sum(-(-len(range(w, drawn, 4)) // 28) for w in range(4))]
+    assert steps[0] < steps[1]
 
 
 def test_a_run_of_an_earlier_version_may_be_resumed(finished, split, tmp_path):
@@ -386,6 +421,7 @@ def test_presets_are_valid_and_published_numbers_need_them():
     beauty = preset("sasrec", "amazon_beauty", "sevo_adamw")
     known = published(beauty, BEAUTY)
     assert known is not None and known["NDCG@10"] == (0.04113, 0.00133)
+    assert published(replace(beauty, streams=2, loader_workers=4), BEAUTY) == known
     assert published(replace(beauty, beta=0.5), BEAUTY) is None
     for other in ({"name": "synthetic"}, {"items": 500}, {"train": 1000}):  # another split, say
         assert published(beauty, BEAUTY | other) is None

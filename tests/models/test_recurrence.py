@@ -67,7 +67,9 @@ def test_equals_padded(lengths, backend, spare_slots, monkeypatch, x64):
         np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
-def test_runs_under_vmap_over_weights(x64):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_runs_under_vmap_over_weights(backend, monkeypatch, x64):
+    monkeypatch.setattr(recurrence.jax, "default_backend", lambda: backend)
     weights, inputs, stream = case(LENGTHS["some empty"], 2)
     several = jnp.stack([weights, 2 * weights])
 

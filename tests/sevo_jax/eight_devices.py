@@ -173,6 +173,38 @@ def test_stacked_tables_stay_whole(x64):
     assert all(s.is_fully_replicated for s in jax.tree.leaves(row_shardings(params, sharded)))
 
 
+@pytest.mark.parametrize("split", [PartitionSpec(None, None, "rows"), PartitionSpec("rows")])
+def test_edges_in_a_shard_map_of_ones_own(split, x64):
+    """Columns or tables split, with and without `vmap` and derivatives."""
+    adjacency = sevo_jax.normalized_adjacency(random_graph(0, NUM_NODES), layout="edges")
+    xs = jnp.asarray(np.random.default_rng(0).normal(size=(8, NUM_NODES, DIM)))
+
+    def slopes(adjacency: Any, xs: jax.Array) -> jax.Array:
+        return jax.grad(
+            lambda x: (jax.vmap(sevo_jax.smooth, (None, 0))(adjacency, x) ** 3).sum()
+        )(xs)
+
+    ours = jax.shard_map(
+        slopes, mesh=mesh(8), in_specs=(PartitionSpec(), split), out_specs=split
+    )
+    np.testing.assert_allclose(jax.jit(ours)(adjacency, xs), slopes(adjacency, xs), atol=1e-12)
+
+
+def test_edges_under_vmap_of_tables_on_an_explicit_mesh(x64):
+    adjacency = sevo_jax.normalized_adjacency(random_graph(0, NUM_NODES), layout="edges")
+    xs = jnp.asarray(np.random.default_rng(0).normal(size=(8, NUM_NODES, DIM)))
+    each = jax.jit(jax.vmap(sevo_jax.smooth, (None, 0)))
+    expected = each(adjacency, xs)
+    devices = mesh(8, types=AxisType.Explicit)
+    with jax.set_mesh(devices):
+        whole, by_table = (
+            NamedSharding(devices, spec) for spec in (PartitionSpec(), PartitionSpec("rows"))
+        )
+        y = each(jax.device_put(adjacency, whole), jax.device_put(xs, by_table))
+        assert y.sharding.spec == PartitionSpec("rows", None, None)
+    np.testing.assert_allclose(y, expected, atol=1e-12)
+
+
 def _collectives_of_psi(num_nodes: int, d: int, num_layers: int, **kwargs: Any):
     graph = shard_adjacency(random_graph(0, num_nodes), mesh(8), **kwargs)
     x = jnp.zeros((num_nodes, d))

@@ -184,9 +184,10 @@ def test_vmap_of_vmap_and_of_scan(layout, d):
             np.testing.assert_allclose(y[i, j], _expected(graph, once, betas[i]), atol=3e-6)
 
 
+@pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("layout", EVERY_LAYOUT)
-def test_vmapped_graphs(layout):
-    graphs = [random_graph(seed) for seed in range(3)]
+def test_vmapped_graphs(layout, number):
+    graphs = [random_graph(seed) for seed in range(number)]
     capacity = max(len(graph.edges) for graph in graphs)
     prepared = [
         sevo_jax.normalized_adjacency(graph, layout=layout, capacity=capacity)
