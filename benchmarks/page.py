@@ -1,7 +1,8 @@
 """RESULTS.md of the benchmarks, from their records alone."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,7 @@ def text(found: Iterable[Record]) -> str:
 def targets(found: Found) -> list[list[str]]:
     """Each target with what was measured, and whether that is enough."""
 
-    def arms(benchmark: str, size: str) -> Record:
-        return found.get((benchmark, size), {}).get("arms", {})
-
-    def ratio(benchmark: str, size: str, above: str, below: str) -> float | None:
-        times = arms(benchmark, size)
-        if above not in times or below not in times:
-            return None
-        return times[above]["median"] / times[below]["median"]
+    arms, ratio = partial(_arms, found), partial(_ratio, found)
 
     def ratios(sizes: Iterable[str], benchmark: str, above: str, below: str) -> list[Any]:
         return [(size, ratio(benchmark, size, above, below)) for size in sizes]
@@ -152,54 +146,48 @@ def targets(found: Found) -> list[list[str]]:
 
 def gpu_targets(found: Found) -> list[list[str]]:
     """Target 8, and those of the others that a GPU can meet, from the records of one."""
-
-    def arms(benchmark: str, size: str) -> Record:
-        return found.get((benchmark, size), {}).get("arms", {})
-
-    def of_psi(size: str, value: Callable[[Record, Record], float | None]) -> float | None:
-        record = found.get(("psi", size))
-        return value(record, record["arms"]) if record else None
-
-    def against_torch(_: Record, arms: Record) -> float | None:
-        torch = arms.get("torch CSR")
-        return torch and torch["median"] / arms["edges"]["median"]
-
-    def of_copy(record: Record, arms: Record) -> float:
-        return 100 * arms["edges"]["GB/s"] / record["copy GB/s"]
-
-    def step(size: str) -> float | None:
-        times = arms("step", size)
-        torch = times.get("torch sevo")
-        return torch and torch["median"] / times["sevo, edges"]["median"]
-
+    arms, ratio = partial(_arms, found), partial(_ratio, found)
+    edges = {size: arms("psi", size).get("edges", {}) for size in SIZES}
+    share = found.get(("psi", "clothing"), {}).get("copy GB/s")
+    share = share and 100 * edges["clothing"]["GB/s"] / share
+    alone = edges["beauty"].get("median")
     epoch = arms("epoch", "beauty")
     seed = epoch and EPOCHS * epoch["epoch, sevo_adamw"]["median"] + (
         RANKINGS * epoch["ranking"]["median"]
     )
-    most, least = True, False
     seeds = found.get(("seeds", "beauty"), {})
-    number, times = seeds.get("number", 4), seeds.get("arms")
-    calls = "" if "rounds" in seeds else ", in single calls"
-    together = times and times[f"edges, {number}"]["median"] / times["edges, 1"]["median"]
+    number, calls = seeds.get("number", 4), "" if "rounds" in seeds else ", in single calls"
+    together = ratio("seeds", "beauty", f"edges, {number}", "edges, 1")
+    most, least = True, False
     rows = [
         ("8. GPU: psi, torch CSR / edges", 1, least,
-         [(size, of_psi(size, against_torch)) for size in SIZES]),
+         [(size, ratio("psi", size, "torch CSR", "edges")) for size in SIZES]),
         ("8. GPU: psi at 16M edges, share of the copy bandwidth, %", 50, least,
-         [("clothing", of_psi("clothing", of_copy))]),
-        ("8. GPU: psi at Beauty, microseconds", 100, most,
-         [("beauty", of_psi("beauty", lambda _, a: 1e6 * a["edges"]["median"]))]),
+         [("clothing", share)]),
+        ("8. GPU: psi at Beauty, microseconds", 100, most, [("beauty", alone and 1e6 * alone)]),
         (f"8. GPU: Beauty, {EPOCHS} epochs and {RANKINGS} validations, s", 30, most,
          [("beauty", seed or None)]),
         ("4. GPU: step at Beauty, torch + SEvo / sevo, edges", 8, least,
-         [("beauty", step("beauty"))]),
+         [("beauty", ratio("step", "beauty", "torch sevo", "sevo, edges"))]),
         ("4. GPU: step at 377k items, torch + SEvo / sevo, edges", 2.4, least,
-         [("clothing", step("clothing"))]),
+         [("clothing", ratio("step", "clothing", "torch sevo", "sevo, edges"))]),
         ("5. GPU: temporary memory of psi, in N d floats", 3.1, most,
-         [(size, of_psi(size, lambda _, a: a["edges"].get("tables"))) for size in SIZES]),
+         [(size, arm.get("tables")) for size, arm in edges.items()]),
         (f"6. GPU: {number} tables under `vmap` / one{calls}", 1.1 * number, most,
-         [("beauty, edges", together or None)]),
+         [("beauty, edges", together)]),
     ]  # fmt: skip
     return [_judged(*row) for row in rows]
+
+
+def _arms(found: Found, benchmark: str, size: str) -> Record:
+    return found.get((benchmark, size), {}).get("arms", {})
+
+
+def _ratio(found: Found, benchmark: str, size: str, above: str, below: str) -> float | None:
+    times = _arms(found, benchmark, size)
+    if above not in times or below not in times:
+        return None
+    return times[above]["median"] / times[below]["median"]
 
 
 def _accelerator(device: str, found: Found) -> list[str]:

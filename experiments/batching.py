@@ -156,17 +156,13 @@ def in_batches(
         partial. One worker takes all windows.
       free: what stands in the free places of a partial batch, a window of length 0.
     """
-    if workers == 1:
-        parts = [draw(key)]
-    else:
-        keys = jax.random.split(key, workers)
-        parts = [draw(keys[worker])[worker::workers] for worker in range(workers)]
-    parts = [
-        jnp.pad(part, (0, -len(part) % batch_size), constant_values=free).reshape(
-            -1, batch_size
-        )
-        for part in parts
-    ]
+    keys = [key] if workers == 1 else jax.random.split(key, workers)
+    parts = []
+    for worker in range(workers):
+        part = draw(keys[worker])[worker::workers]
+        missing = -len(part) % batch_size
+        part = jnp.pad(part, (0, missing), constant_values=free)
+        parts.append(part.reshape(-1, batch_size))
     turns = np.argsort(np.concatenate([np.arange(len(part)) for part in parts]), kind="stable")
     return jnp.concatenate(parts)[turns].astype(jnp.int32)
 

@@ -132,18 +132,16 @@ def _sum_messages_of_tables(
     """Tables stand side by side, so that an edge moves one long row.
 
     As JAX batches it, the sum has the tables apart, and takes several times as long on a GPU.
-    It is left to JAX where the tables are split over an explicit mesh, or their number is none.
+    It is left to JAX where the tables are split over an explicit mesh, or their number is a
+    symbol.
     """
     num_nodes, d = x.shape[-2:]
     if not isinstance(axis_size, int) or any(jax.typeof(x).sharding.spec):
         in_axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
         return jax.vmap(_sum, in_axes)(adjacency, x), True
-    if not in_batched[1]:
-        x = jnp.broadcast_to(x, (axis_size, num_nodes, d))
     several_graphs = any(jax.tree.leaves(in_batched[0]))
     at_once = 1 if several_graphs else max(1, _SUM_WIDTH // max(1, d))
     if several_graphs or at_once < axis_size:
-        in_batched = in_batched[0], True
         return in_turn(_sum_messages, in_batched, (adjacency, x), at_once), True
     wide = jnp.moveaxis(x, 0, 1).reshape(num_nodes, axis_size * d)
     y = _sum_messages(adjacency, wide).reshape(num_nodes, axis_size, d)

@@ -343,6 +343,7 @@ def test_padded_rows_of_many_neighbours(num_leaves, monkeypatch):
 
 @pytest.mark.cpu
 def test_auto_takes_rows_on_cpu(monkeypatch, tmp_path):
+    assert jax.default_backend() == "cpu"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert type(sevo_jax.normalized_adjacency(random_graph())) is layouts.Rows
 

@@ -197,10 +197,13 @@ def test_mask_of_the_weight_decay(as_tree):
 
 @pytest.mark.parametrize("alias", [sevo_jax.sevo_adam, sevo_jax.sevo_sgd])
 def test_without_a_decay_update_needs_no_parameters(alias):
-    table, solver = jnp.ones((20, 3)), alias(0.1, random_graph())
+    graph = sevo_jax.normalized_adjacency(
+        random_graph(), layout="padded"
+    )  # equal bits anywhere
+    table, solver = jnp.ones((20, 3)), alias(0.1, graph)
     updates, _ = solver.update(table, solver.init(table))
     expected, _ = solver.update(table, solver.init(table), table)
-    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+    np.testing.assert_array_equal(updates, expected)
 
 
 def test_moments_of_python_numbers():
