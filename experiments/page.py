@@ -35,6 +35,7 @@ from experiments.tables import (
     name_of,
     overrides,
     place_of,
+    reproduction_table,
     sort_key,
     tests_table,
     train_command,
@@ -84,7 +85,8 @@ def render(
     found = sorted(found, key=lambda pair: sort_key(pair[1]))
     presets = [pair for pair in found if not ablation_of(pair[1])]
     runs = gather(presets)
-    sections, contents, pairs = [], [("gains", "Gains")], []
+    contents = [("published", "Beside the published figures"), ("gains", "Gains")]
+    sections, pairs = [], []
     for (data, model, _), group in groupby(presets, key=lambda pair: place_of(pair[1])):
         members = [run for run in runs if (run.data, run.config.model) == (data, model)]
         compared = compare(members, METRIC)
@@ -103,7 +105,13 @@ def render(
         contents.append((_anchor(title), title))
         sections.append(_study(title, path.parent, kept))
     contents.append(("missing", "Not run yet"))
-    parts = [_gains(pairs, command), *sections, _missing(missing(runs), command)]
+    beside = reproduction_table(records for _, records in presets)
+    parts = [
+        _beside(beside, command),
+        _gains(pairs, command),
+        *sections,
+        _missing(missing(runs), command),
+    ]
     links = "".join(f'<li><a href="#{a}">{escape(t)}</a></li>' for a, t in contents)
     body = "\n".join(parts)
     template = Template(_TEMPLATE.read_text(encoding="utf-8"))
@@ -115,6 +123,14 @@ def _intro(num_runs: int) -> str:
 validation {METRIC}, ranks all items with the user's history left out, and is the mean over
 users; ± is the standard deviation over seeds. Rows in italics are published figures. Click a
 column's head to sort by it.</p>"""
+
+
+def _beside(table: Table, command: str) -> str:
+    caption = f"Test {METRIC}, measured and published"
+    none = "No run has the settings and the data of a published one."
+    return f"""<section id="published"><h2>Beside the published figures</h2>
+<p>The last column but one counts the published standard deviations.</p>
+{table_html(caption, table, [command], none)}</section>"""
 
 
 def _gains(pairs: Iterable[Comparison], command: str) -> str:

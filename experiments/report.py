@@ -24,6 +24,7 @@ from experiments.tables import (
     config_of,
     curves_table,
     place_of,
+    reproduction_table,
     sort_key,
     tests_table,
     versions_of,
@@ -55,7 +56,10 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
     runs.sort(key=sort_key)
     presets = [run for run in runs if not ablation_of(run)]
     parts = [BEGIN]
+    if (beside := reproduction_table(presets)).rows:
+        parts += ["Measured beside published:", _markdown(beside)]
     if presets:
+        parts += ["All runs that are no ablation's:"]
         parts += [_markdown(tests_table(presets)), _markdown(curves_table(presets))]
         parts.append(commands(presets))
         for (data, model, _), group in groupby(presets, key=place_of):

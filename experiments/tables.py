@@ -36,6 +36,37 @@ def tests_table(runs: Iterable[Records]) -> Table:
     return Table(head, rows)
 
 
+def reproduction_table(runs: Iterable[Records]) -> Table:
+    """Test NDCG@10 beside what is published, and how far apart they are.
+
+    The last column counts the published standard deviations (none for Adam's baselines).
+    """
+    head = ["data", "model", "optimizer", "seeds", "NDCG@10", "published", "difference"]
+    rows = []
+    for run in runs:
+        config = config_of(run)
+        known = published(config, described(run))
+        if not known:
+            continue
+        scores = [r["NDCG@10"] for r in run if r["kind"] == "test"]
+        mean, deviation = known["NDCG@10"]
+        away = statistics.mean(scores) - mean
+        rows.append(
+            [
+                data_of(run),
+                config.model,
+                name_of(run),
+                str(len(scores)),
+                spread(scores),
+                f"{mean:.4f}" + (f" ± {deviation:.4f}" if deviation else ""),
+                gain(mean + away, mean),
+                f"{away / deviation:+.1f}" if deviation else "",
+                _device(run),
+            ]
+        )
+    return Table([*head, "in its ±", "device"], rows)
+
+
 def _scores(run: Records) -> list[str]:
     """The number of seeds, and the metrics of their tests."""
     tests = [r for r in run if r["kind"] == "test"]
@@ -51,8 +82,13 @@ def _conditions(run: Records) -> list[str]:
     return [
         " ".join(str(r["epoch"]) for r in tests),
         f"{statistics.median(epochs):.2f}" if epochs else "",
-        f"{tests[0]['device']}, {tests[0]['cores']} core(s)",
+        _device(run),
     ]
+
+
+def _device(run: Records) -> str:
+    test = next(r for r in run if r["kind"] == "test")
+    return f"{test['device']}, {test['cores']} core(s)"
 
 
 def curves_table(runs: Iterable[Records]) -> Table:

@@ -63,6 +63,21 @@ def test_tables_hold_mean_and_spread(runs, tmp_path):
     assert "--optimizers sevo_adamw --seeds 0 1 --beta 0.5`" in text
 
 
+def test_measured_stands_beside_published(runs, tmp_path):
+    """.0400 is .00113 below the published .04113, whose deviation is .00133."""
+    path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if "config" in line:
+            line["config"]["beta"] = 0.99
+            line["data"] |= {"items": 12_101, "train": 153_776}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report([runs], tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    row = "| amazon_beauty | sasrec | sevo_adamw | 2 | 0.0400 ± 0.0141 | 0.0411 ± 0.0013 |"
+    assert f"{row} -2.7 % | -0.8 | 1 cpu (cpu), 2 core(s) |" in text
+
+
 def test_kept_records_give_the_same_table(runs, tmp_path):
     keep([runs], tmp_path / "results")
     kept = (tmp_path / "results" / "beauty-sasrec" / "sevo_adamw.jsonl").read_text()

@@ -425,6 +425,11 @@ def test_presets_are_valid_and_published_numbers_need_them():
     assert published(replace(beauty, beta=0.5), BEAUTY) is None
     for other in ({"name": "synthetic"}, {"items": 500}, {"train": 1000}):  # another split, say
         assert published(beauty, BEAUTY | other) is None
+    pairs = preset("mf", "amazon_beauty", "sevo_adamw", graph="users_items", beta=0.99)
+    known = published(pairs, BEAUTY)
+    assert known is not None and known["NDCG@10"] == (0.02326, 0.00011)
+    assert published(replace(pairs, beta=0.9), BEAUTY) is None
+    assert published(replace(pairs, optimizer="adamw"), BEAUTY) is None
 
 
 @pytest.mark.parametrize(
