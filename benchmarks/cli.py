@@ -32,7 +32,10 @@ FULL_SIZE = {"build": {"100M": 1}}  # with `--full`
 
 @dataclass(frozen=True)
 class Options:
-    """Benchmarks against public tools; each keeps its records, of which the page is made."""
+    """Benchmarks against public tools; each keeps its records, of which the page is made.
+
+    `python -m benchmarks aot --help` tells of the training step compiled ahead of time.
+    """
 
     name: Positional[Name]
     sizes: tuple[str, ...] = ()

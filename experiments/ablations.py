@@ -20,7 +20,7 @@ from experiments.distillation import TEACHER, distillation
 from experiments.main_job import show, split_of
 from experiments.options import Ablate
 from experiments.ranking import METRICS
-from experiments.run import SELECTION, Result, fit_sweep, load_run
+from experiments.run import SELECTION, Result, check_free, fit_sweep, load_run
 from experiments.statistics import spread
 
 BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
@@ -198,6 +198,12 @@ def ablate(options: Ablate, console: Console | None = None) -> dict[str, Result]
     }
     teacher = None
     ordered = sorted(programs(arms), key=lambda group: TEACHER not in group)
+    if not options.resume:
+        check_free(
+            out / f"program_{number}" / _folder(arm)
+            for number, group in enumerate(ordered)
+            for arm in group
+        )
     for number, group in enumerate(ordered):
         with show(console, ", ".join(group), next(iter(group.values()))) as report:
             results = fit_sweep(

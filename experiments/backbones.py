@@ -137,15 +137,22 @@ def make_graph(config: Config, split: Split) -> Any:
     if config.graph == "attributes":
         attributes = split.dataset.known_attributes()
         rows = np.concatenate([np.zeros(num_special, np.int64), attributes.row_splits])
-        return attribute_graph((attributes.values, rows), max_items=config.graph_max_items)
-    return item_graph(
-        (values + num_special, row_splits),
-        num_items + num_special,
-        window=config.graph_window,
-        max_distance=config.graph_distance,
-        weighting=config.graph_weighting,
-        keep=config.graph_keep,
-    )
+        graph = attribute_graph((attributes.values, rows), max_items=config.graph_max_items)
+    else:
+        graph = item_graph(
+            (values + num_special, row_splits),
+            num_items + num_special,
+            window=config.graph_window,
+            max_distance=config.graph_distance,
+            weighting=config.graph_weighting,
+            keep=config.graph_keep,
+        )
+    if int(np.sum(graph.n_edge)) == 0:
+        raise ValueError(
+            f"the graph of {config.graph!r} has no edge to smooth over; see `graph_window`, "
+            "`graph_distance` and `graph_max_items`."
+        )
+    return graph
 
 
 def prepare(graph: Any) -> Any:

@@ -1,6 +1,8 @@
 """What a run is made of, and the settings of the paper."""
 
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -150,13 +152,21 @@ class Config:
             elif name in _FRACTIONS:
                 if not 0 <= value < 1:
                     raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
-            elif value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
-                raise ValueError(f"`{name}` must be positive, got {value}.")
+            elif not math.isfinite(value) or value < 0 or not (value or name in _MAY_BE_ZERO):
+                least = "at least 0" if name in _MAY_BE_ZERO else "positive"
+                raise ValueError(f"`{name}` must be {least} and finite, got {value}.")
         for name, needed in _FIXED.get(self.model, {}).items():
             if getattr(self, name) != needed:
                 raise ValueError(
                     f"`{name}` of {self.model} must be {needed!r}, got {getattr(self, name)!r}."
                 )
+        if self.model == "bert4rec" and self.max_length < 2:
+            raise ValueError("`max_length` of bert4rec must be at least 2: one is the query.")
+        if self.graph == "items" and self.graph_window < 2:
+            raise ValueError(
+                f"`graph_window` must be at least 2 items to make an edge, got "
+                f"{self.graph_window}."
+            )
         if self.model not in _FIXED and self.windows in ("items", "users"):
             raise ValueError(
                 f"`windows` of {self.model} must be last, prefixes or whole, got "
@@ -233,6 +243,7 @@ class Config:
             "distil_weight": self.distil != "none",
             "distil_slots": self.distil in ("kd", "dkd"),
             "num_blocks": self.model not in ("gru4rec", "mf"),
+            "max_length": self.windows != "users",
             "num_heads": self.model in ("sasrec", "bert4rec", "stosa", "bsarec"),
             "dropout_rate": self.model not in ("mf", "lightgcn"),
             "attention_dropout_rate": self.model in ("stosa", "bsarec"),
@@ -243,6 +254,15 @@ class Config:
         for name in ("graph_window", "graph_distance", "graph_weighting", "graph_keep"):
             needed[name] = sevo and self.graph == "items"
         return {name for name, is_needed in needed.items() if not is_needed}
+
+    def changes(self, usual: "Config") -> dict[str, Any]:
+        """The settings that differ from those of `usual` and have an effect."""
+        idle = self.without_effect()
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if value != getattr(usual, name) and name not in idle
+        }
 
     @property
     def has_teacher(self) -> bool:
@@ -355,12 +375,17 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
+def check_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
     """Refuses seeds that are none, not distinct, or no number that JAX makes a key of."""
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"`seeds` must be distinct and at least one, got {seeds}.")
-    if not all(0 <= seed < 2**31 for seed in seeds):
-        raise ValueError(f"`seeds` must be from 0 to 2**31 - 1, got {seeds}.")
+    try:
+        numbers = tuple(operator.index(seed) for seed in seeds)
+    except TypeError:
+        raise TypeError(f"`seeds` must be a sequence of integers, got {seeds!r}.") from None
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(f"`seeds` must be distinct and at least one, got {numbers}.")
+    if not all(0 <= seed < 2**31 for seed in numbers):
+        raise ValueError(f"`seeds` must be from 0 to 2**31 - 1, got {numbers}.")
+    return numbers
 
 
 # How the publishers, and `experiments fetch`, call the datasets that have presets.

@@ -156,11 +156,12 @@ class Dataset:
 
     def known_attributes(self) -> Attributes:
         """The attributes of the items; `ValueError` if the source has none."""
-        if self.attributes is None:
+        if self.attributes is None or not len(self.attributes.values):
             raise ValueError(
                 f"the items of {self.name!r} have no attributes, such as genres: their file, "
                 "such as items.csv beside interactions.csv, is missing (name it with `items`) "
-                "or has no such column (name it with `columns`: attributes)."
+                "or has no such column (name it with `columns`: attributes), or "
+                "all are empty."
             )
         return self.attributes
 
@@ -239,7 +240,7 @@ def drop_repeats(dataset: Dataset, keep: Repeats) -> Dataset:
     The interactions lost are counted in `drops["repeats"]`.
     """
     if keep not in ("keep", "first", "last"):
-        raise ValueError(f'`keep` must be "keep", "first" or "last", got {keep!r}.')
+        raise ValueError(f'`repeats` must be "keep", "first" or "last", got {keep!r}.')
     if keep == "keep":
         return dataset
     pairs = dataset.users * dataset.num_items + dataset.values

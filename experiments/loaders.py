@@ -160,7 +160,9 @@ def _clean(
         else:
             column = _times(column) if role == "timestamp" else _numbers(column)
             good = column.is_not_null() & column.is_finite().fill_null(False)
-            check(good, role, "a number" + " or a date" * (role == "timestamp"))
+            check(
+                good, role, "a number" + " or a date (all in one form)" * (role == "timestamp")
+            )
         frame = frame.with_columns(column.alias(role))
 
     drops = {}

@@ -21,7 +21,7 @@ from experiments.options import Job, Train
 from experiments.plots import plot_run
 from experiments.published import published
 from experiments.ranking import METRICS
-from experiments.run import SELECTION, Progress, Result, fit
+from experiments.run import SELECTION, Progress, Result, check_free, fit
 from experiments.statistics import spread
 from experiments.synthetic import synthetic
 
@@ -49,6 +49,8 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
     options.check_given(configs)
     if options.graph == "attributes":
         dataset.known_attributes()  # missing ones shall not come to light after hours
+    if not options.resume:
+        check_free(out / config.label for config in configs)
     results = []
     for config in configs:
         folder = out / config.label
@@ -102,6 +104,7 @@ def load_data(options: Job) -> Dataset:
     return load(
         options.data,
         format=options.data_format,
+        encoding=options.encoding or "utf-8",
         columns=options.columns,
         min_rating=options.min_rating,
         repeats=options.repeats,

@@ -40,6 +40,8 @@ class Job:
     """The dataset whose preset to take, if not that of `data`."""
     data_format: str | None = None
     """The format of the file, if its name does not tell."""
+    encoding: str | None = None
+    """Of text files, such as `latin-1`; UTF-8 by default."""
     columns: dict[str, str] | None = None
     """Which column of a table is which, such as `user uid item asin timestamp when`; and of
     the items' table, such as `attributes category`."""
@@ -53,7 +55,7 @@ class Job:
     """Leave out users and items with fewer interactions."""
     split_times: tuple[float, float] | None = None
     """Validate from the first timestamp on and test from the second, instead of each user's
-    last two interactions."""
+    last two interactions; numbers as in the data, and for dates seconds since 1970."""
     placement: Placement | None = None
     """Smooth Adam's `update` (the paper), the `gradient`, first that and then this (`switch`),
     or `both`; for optimizers with SEvo."""
@@ -137,9 +139,9 @@ class Job:
 
     def data_options(self) -> str:
         """The options beside `--data` that chose the data and the preset, as they are typed."""
-        names = ("preset", "data_format", "columns", "items", "min_rating", "repeats", "k_core")
+        names = ("preset", "data_format", "encoding", "columns", "items", "min_rating")
         parts = []
-        for name in (*names, "split_times"):
+        for name in (*names, "repeats", "k_core", "split_times"):
             value = getattr(self, name)
             if value == getattr(Job(), name):
                 continue

@@ -228,7 +228,7 @@ def _anchor(title: str) -> str:
 def _figures(title: str, runs: list[Records], command: str) -> str:
     shown = runs
     if len(runs) > MAX_CURVES:  # the presets first
-        usual = [run for run in runs if not overrides(config_of(run), data_of(run))]
+        usual = [run for run in runs if not overrides(run)]
         shown = (usual + [run for run in runs if run not in usual])[:MAX_CURVES]
     official = {}
     for run in shown:
@@ -300,7 +300,7 @@ def _missing(found: list[Missing], command: str) -> str:
             row.config.model,
             row.config.label,
             str(row.done),
-            train_command(row.config, row.data, row.seeds),
+            train_command(row.config, row.data, row.seeds, row.config),
         ]
         for row in found
     ]

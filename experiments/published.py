@@ -337,13 +337,13 @@ def published(
     if (data.get("items"), data.get("train")) != _SIZES.get(data["name"]):
         return None
     config = replace(config, streams=1, loader_workers=1)
-    if config.graph == "users_items" and key in _USERS_ITEMS:
+    if config.graph == "users_items" and config.optimizer == "sevo_adamw":
         beta, *known = _USERS_ITEMS[key]
         usual = preset(*key, "sevo_adamw", graph="users_items", beta=beta)
-        if config != usual:
+        if config.changes(usual):
             return None
         return dict(zip(_NAMES, zip(*known, strict=True), strict=True))
-    if config != preset(*key, config.optimizer):
+    if config.changes(preset(*key, config.optimizer)):
         return None
     if config.optimizer == "sevo_adamw" and key in _SEVO:
         return dict(zip(_NAMES, zip(*_SEVO[key], strict=True), strict=True))

@@ -91,7 +91,10 @@ def ranking_data(
 def _lay_out(part: Evaluation, max_length: int, chunks: int, chunk_size: int):
     num = len(part.targets)
     if num == 0:
-        raise ValueError("there is no held-out target to rank.")
+        raise ValueError(
+            "there is no held-out target to rank: every user has three interactions or fewer, "
+            "or none lies in the periods of `split_times`."
+        )
     history = np.diff(part.history_splits)
     length = np.minimum(history, max_length)
 

@@ -170,7 +170,8 @@ def read_json_lines(source: Source) -> Table:
         check_lines()
     # A key that is nowhere is a column that the file does not have.
     present = [name for name in names if frame[name].null_count() < frame.height]
-    frame = _by_role(source, frame.select(present), present)
+    first = list(json.loads(lines[filled[0] - 1])) if filled else present
+    frame = _by_role(source, frame.select(present), present, first)
     return Table(frame, lambda row: f"line {filled[row]}")
 
 
@@ -204,8 +205,13 @@ def _role_of(name: str) -> str:
     return {"movie": "item", "product": "item", "time": "timestamp"}.get(name, name)
 
 
-def _by_role(source: Source, frame: pl.DataFrame, header: list[str]) -> pl.DataFrame:
-    """Picks the columns of `frame`, named in the file as `header` says, by role."""
+def _by_role(
+    source: Source, frame: pl.DataFrame, header: list[str], named: list[str] | None = None
+) -> pl.DataFrame:
+    """Picks the columns of `frame`, named in the file as `header` says, by role.
+
+    `named` are all names in the file, for messages, where `header` is a part of them.
+    """
     series = {}
     for role, name in source.columns.items():
         if source.format.any_names and role not in source.chosen and name not in header:
@@ -216,7 +222,7 @@ def _by_role(source: Source, frame: pl.DataFrame, header: list[str]) -> pl.DataF
         if name in header:
             series[role] = frame.to_series(header.index(name)).alias(role)
         elif role in source.format.required | source.chosen:
-            problem = f"no column {name!r} for the {role}, only {', '.join(header)}"
+            problem = f"no column {name!r} for the {role}, only {', '.join(named or header)}"
             how = f"name it with `columns={{{role!r}: ...}}` (--columns {role} ...)"
             source.fail(f"{problem}; {how}.", "line 1")
     frame = pl.DataFrame(series)

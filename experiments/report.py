@@ -157,9 +157,15 @@ def _seeds(run: Records) -> set[int]:
 
 def tested(folders: Iterable[str | Path]) -> Iterator[tuple[Path, Records]]:
     """The files of records below `folders` that hold a test, with the records."""
+    seen = set()  # folders may overlap
     for folder in folders:
         for path in sorted(Path(folder).rglob("*.jsonl")):
-            run = records.read(path)
+            if path.resolve() in seen:
+                continue
+            seen.add(path.resolve())
+            run: list[Any] = records.read(path)
+            if not all(isinstance(record, dict) for record in run):
+                continue  # of another program
             if any(record.get("kind") == "test" for record in run):
                 yield path, run
 

@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -260,8 +260,7 @@ def fit_sweep(
       notes: by name, what the records of a setting's evaluations say besides.
       teacher: see `make_trainer`.
     """
-    seeds = tuple(seeds)
-    check_seeds(seeds)
+    seeds = check_seeds(seeds)
     folder = Path(folder)
     config, *others = configs.values()
     swept = [
@@ -408,6 +407,16 @@ def load_run(folder: str | Path, seed: int | None = None) -> tuple[Any, np.ndarr
     return nnx.merge(graphdef, params), np.load(folder / "item_ids.npy"), config
 
 
+def check_free(folders: Iterable[Path]) -> None:
+    """Refuses folders that hold a run; to be asked before the first of several runs."""
+    for folder in folders:
+        if (folder / RUN).exists():
+            raise ValueError(
+                f"`folder` {folder} holds a run: resume it (--resume) or choose another "
+                "(--out)."
+            )
+
+
 def _claim(
     folder: Path,
     configs: Mapping[str, Config],
@@ -436,10 +445,7 @@ def _claim(
         raise ValueError(f"`folder` {folder} holds checkpoints of other settings.")
     for path in held:
         if not resume:
-            raise ValueError(
-                f"`folder` {path.parent} holds a run: resume it (--resume) or choose another "
-                "(--out)."
-            )
+            check_free([path.parent])
         _check_same(path, wanted[path])
     sync_global_devices("every process has looked")
     for path, run in wanted.items():
@@ -464,9 +470,22 @@ def _check_same(path: Path, wanted: dict[str, Any]) -> None:
             part | {"config": {k: v for k, v in part["config"].items() if k != "epochs"}}
             for part in (held, wanted)
         )
-    changed = {k: (held.get(k), wanted[k]) for k in wanted if held.get(k) != wanted[k]}
+    # Settings and data one by one: all of them would hide the one that differs.
+    held, wanted = (
+        {k: v for k, v in part.items() if not isinstance(v, dict)}
+        | part["config"]
+        | part["data"]
+        for part in (held, wanted)
+    )
+    changed = [
+        f"{k} {held.get(k)!r} there, {wanted.get(k)!r} asked for"
+        for k in {**wanted, **held}
+        if held.get(k) != wanted.get(k)
+    ]
     if changed:
-        raise ValueError(f"`folder` {path.parent} holds a run with other settings: {changed}.")
+        raise ValueError(
+            f"`folder` {path.parent} holds a run with other settings: {'; '.join(changed)}."
+        )
 
 
 def _described(

@@ -47,6 +47,10 @@ def run(options: Ablate, console: Console) -> list[Finding]:
       ValueError: the folder holds a study already.
     """
     check_seeds(options.seeds)
+    if options.name == "theory" and options != Ablate(
+        name="theory", seeds=options.seeds, out=options.out, resume=options.resume
+    ):
+        raise ValueError("`theory` takes `seeds` and `out` alone.")
     if options.resume:
         raise ValueError("`resume` is for runs; a study starts anew.")
     module = importlib.import_module(STUDIES[options.name])
@@ -71,6 +75,7 @@ def run(options: Ablate, console: Console) -> list[Finding]:
         "study": options.name,
         "model": options.model,
         "data": data,
+        "source": Path(options.data).name if data else None,
         "seeds": list(options.seeds),
         "arms": list(options.arms),
         "settings": options.given(),
@@ -88,11 +93,8 @@ def run(options: Ablate, console: Console) -> list[Finding]:
 
 def read(folders: Iterable[str | Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The studies kept below `folders`, by name, dataset and model."""
-    found = [
-        (path, json.loads(path.read_text(encoding="utf-8")))
-        for folder in folders
-        for path in Path(folder).rglob(FILE)
-    ]
+    paths = {path.resolve(): path for folder in folders for path in Path(folder).rglob(FILE)}
+    found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths.values()]
     yield from sorted(found, key=lambda pair: (title_of(pair[1]), pair[0]))
 
 
@@ -106,7 +108,7 @@ def command_of(kept: dict[str, Any]) -> str:
     """The command that makes such a study again."""
     return ablate_command(
         kept["study"],
-        kept["data"],
+        kept.get("source", kept["data"]),
         kept["model"],
         kept["seeds"],
         kept["settings"],

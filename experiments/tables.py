@@ -5,6 +5,7 @@ import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.config import Config, preset
@@ -207,18 +208,20 @@ def commands(runs: Iterable[Records]) -> str:
 
 def versions_of(run: Records) -> str:
     """Python's version and those of the packages that a run was made with."""
-    versions = next(r["versions"] for r in run if "versions" in r)
+    versions = _newest(run, "versions")
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def command_of(run: Records) -> str:
     """What to type to get a run again, or the ablation that it is an arm of."""
     seeds = [r["seed"] for r in run if r["kind"] == "test"]
-    chosen = described(run).get("options", "")
+    data, config = described(run), config_of(run)
+    chosen = data.get("options", "")
+    source = Path(data.get("source") or data["name"]).name  # a file may have another name
     if not (arm := _arm(run)):
-        return train_command(config_of(run), data_of(run), seeds, chosen)
-    data, model, _ = place_of(run)
-    return ablate_command(arm["name"], data, model, seeds, arm["given"], arm["arms"], chosen)
+        return train_command(config, source, seeds, _usual(run), chosen)
+    given = arm["given"]
+    return ablate_command(arm["name"], source, config.model, seeds, given, arm["arms"], chosen)
 
 
 def ablate_command(
@@ -232,7 +235,7 @@ def ablate_command(
 ) -> str:
     """The `ablate` command with the settings that were given; `data` None if it needs none."""
     parts = [f"python -m experiments ablate {name}"]
-    parts += [f"--data {data}", *filter(None, [data_options])] if data else []
+    parts += [f"--data {shlex.quote(data)}", *filter(None, [data_options])] if data else []
     parts += [f"--model {model}"] if data else []
     parts.append(f"--seeds {' '.join(map(str, seeds))}")
     chosen = [f"--arms {shlex.join(arms)}"] if arms else []
@@ -240,28 +243,35 @@ def ablate_command(
 
 
 def train_command(
-    config: Config, data: str, seeds: Iterable[int], data_options: str = ""
+    config: Config, data: str, seeds: Iterable[int], usual: Config, data_options: str = ""
 ) -> str:
-    """The `train` command of a configuration, with the options that the preset lacks."""
+    """The `train` command of a configuration, with the options that `usual` lacks."""
     parts = [
         "python -m experiments train",
-        f"--data {data}",
+        f"--data {shlex.quote(data)}",
         *filter(None, [data_options]),
         f"--model {config.model}",
         f"--optimizers {config.optimizer}",
         f"--seeds {' '.join(map(str, seeds))}",
     ]
-    return " ".join(parts + _options(overrides(config, data)))
+    return " ".join(parts + _options(config.changes(usual)))
 
 
 def _options(settings: dict[str, Any]) -> list[str]:
     return [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
 
 
-def overrides(config: Config, data: str) -> dict[str, Any]:
-    """The settings in which a configuration is not the preset's."""
-    usual = preset(config.model, data, config.optimizer)
-    return {k: v for k, v in vars(config).items() if v != getattr(usual, k)}
+def overrides(run: Records) -> dict[str, Any]:
+    """The settings of a run that are not its preset's and have an effect."""
+    return config_of(run).changes(_usual(run))
+
+
+def _usual(run: Records) -> Config:
+    """The preset that a run began with: of its data, or the one that was asked for."""
+    config, data = config_of(run), described(run)
+    words = shlex.split(data.get("options", ""))
+    asked = words[words.index("--preset") + 1] if "--preset" in words else data["name"]
+    return preset(config.model, asked, config.optimizer)
 
 
 def name_of(run: Records) -> str:
@@ -275,13 +285,13 @@ def name_of(run: Records) -> str:
         own = {k: v for k, v in vars(config).items() if arm["given"].get(k, v) != v}
         note = ", ".join(f"{k} {v}" for k, v in own.items())
         return f"{arm['arm']} ({note})" if note else arm["arm"]
-    changed = overrides(config, data_of(run))
+    changed = overrides(run)
     changed.pop("placement", None)  # part of the label
     return ", ".join([config.label, *(f"{k} {v}" for k, v in changed.items())])
 
 
 def _arm(run: Records) -> dict[str, Any]:
-    return next((r["ablation"] for r in run if "ablation" in r), {})
+    return _newest(run, "ablation", {})
 
 
 def ablation_of(run: Records) -> str:
@@ -298,7 +308,7 @@ def with_given(name: str, given: dict[str, Any]) -> str:
 
 def config_of(run: Records) -> Config:
     """The settings of a run."""
-    return Config(**next(r["config"] for r in run if "config" in r))
+    return Config(**_newest(run, "config"))
 
 
 def data_of(run: Records) -> str:
@@ -308,7 +318,13 @@ def data_of(run: Records) -> str:
 
 def described(run: Records) -> dict[str, Any]:
     """What a run's records say of its data: name, sizes, and the options that chose it."""
-    return next(r["data"] for r in run if "data" in r)
+    return _newest(run, "data")
+
+
+def _newest(run: Records, name: str, otherwise: Any = None) -> Any:
+    """What the run's last record that has `name` says: of a run that was resumed for more
+    epochs, the first still names fewer."""
+    return next((r[name] for r in reversed(run) if name in r), otherwise)
 
 
 def place_of(run: Records) -> tuple[str, str, str]:

@@ -42,8 +42,6 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
 
     Every seed of the options draws its own graphs and its own problem.
     """
-    if given := options.given():
-        raise ValueError(f"`theory` takes seeds alone, got settings {sorted(given)}.")
     return [_direction_aware(options.seeds), _rate(options.seeds)]
 
 

@@ -149,7 +149,10 @@ def edge_graph(
     left, right = left.astype(np.int64), right.astype(np.int64)
     keys = np.minimum(left, right) * num_nodes + np.maximum(left, right)
     keys, pair = np.unique(keys, return_inverse=True)
-    weight = np.bincount(pair, weight, minlength=len(keys))
+    with np.errstate(over="ignore", under="ignore"):  # what graphs hold is float32
+        weight = np.bincount(pair, weight, minlength=len(keys)).astype(np.float32)
+    if not np.isfinite(weight).all():
+        raise ValueError("`edge_graph`: `weights` are too large for float32.")
     return _mirrored(keys[weight > 0], weight[weight > 0], num_nodes)
 
 

@@ -58,7 +58,8 @@ def sevo_adamw(
       eps: added to the denominator, outside of the root.
       weight_decay: strength of the decoupled weight decay.
       mask: which parameters decay, a tree of bools or a function of the parameters that
-        returns one, as in `optax.adamw`; None for all.
+        returns one, as in `optax.adamw`; None for all. Under `inject_hyperparams` name a
+        function in its `static_args`, or it is called with the step count.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`. Its `update` takes

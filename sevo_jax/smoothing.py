@@ -72,7 +72,7 @@ def smooth(
     """
     if callable(beta):
         raise TypeError(f"`smooth` takes `beta` as a number or an array, but got {beta!r}.")
-    check_smoothing("smooth", beta, num_layers, method, isolated)
+    check_smoothing("smooth", beta, num_layers, method, isolated, rescale)
     adjacency = jax.lax.stop_gradient(normalized_adjacency(adjacency))
     x = jnp.asarray(x)
     wide = _widen("smooth", adjacency, x)
@@ -188,7 +188,7 @@ def _widen(function: str, adjacency: Adjacency, x: jax.Array) -> jax.Array:
 
 
 def check_smoothing(
-    function: str, beta: Any, num_layers: int, method: str, isolated: str
+    function: str, beta: Any, num_layers: int, method: str, isolated: str, rescale: Any
 ) -> None:
     """Refuse what is wrong before tracing; a traced `beta` cannot be looked at."""
     if not is_integer(num_layers) or num_layers < 0:
@@ -203,6 +203,10 @@ def check_smoothing(
     ):
         if value not in valid:
             raise ValueError(f"`{function}`: unknown `{name}` {value!r}, valid are {valid}.")
+    if not isinstance(rescale, bool | np.bool_ | jax.Array):
+        raise TypeError(
+            f"`{function}` takes `rescale` as a bool or an array of one, but got {rescale!r}."
+        )
     if callable(beta) or isinstance(beta, Tracer):
         return
     if not (hasattr(beta, "dtype") or isinstance(beta, int | float)):

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -37,7 +37,10 @@ def table_groups(params: Any, tables: Tables, num_nodes: int) -> list[list[int]]
             named = ", ".join(paths[i] for i in groups[0])
             raise ValueError(f"`tables` = {tables!r} names a parameter twice: {named}.")
     else:
-        mask = tables(params) if callable(tables) else tables
+        # As in Optax: a tree of bools may be of a class that can be called.
+        parts = jax.tree.leaves(tables)
+        chooses = bool(parts) and all(map(callable, parts))
+        mask = cast(Callable, tables)(params) if chooses else tables
         groups = [[i] for i, chosen in enumerate(_broadcast(mask, params)) if chosen]
     if not groups:
         raise ValueError(

@@ -95,7 +95,7 @@ def sevo(
     References:
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
     """
-    check_smoothing("sevo", beta, num_layers, method, isolated)
+    check_smoothing("sevo", beta, num_layers, method, isolated, rescale)
     # Not 1 by default: `inject_hyperparams` would make a traced number of that.
     every = 1 if every is None else every
     if not is_integer(every) or not 1 <= every < 2**31:
@@ -233,7 +233,8 @@ def scale_by_corrected_adam(
     :math:`\hat m_t / (\sqrt{\hat v_t} + \epsilon)`.
 
     `update(..., touched=mask)` says which rows had a gradient, in place of the test for
-    zeros: a bool array `[num_nodes]`, or a tree of them in the structure of the parameters.
+    zeros: a bool array with an entry for each row of the table, or, of tables that differ in
+    their lengths, a tree of them in the structure of the parameters.
     Where gradients of several batches are added up, as by `optax.MultiSteps`, it has to be the
     union of theirs.
 

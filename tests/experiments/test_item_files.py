@@ -1,6 +1,7 @@
 """Attributes of items: every format of their files, bad ones, and what becomes of them."""
 
 import gzip
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +106,9 @@ def test_a_dataset_carries_them(tmp_path):
     assert bare.attributes is None
     with pytest.raises(ValueError, match="the items of 'interactions' have no attributes"):
         bare.known_attributes()
+    nothing = Attributes((), np.zeros(0, np.int32), np.zeros(bare.num_items + 1, np.int64))
+    with pytest.raises(ValueError, match="have no attributes, .* or all are empty"):
+        replace(bare, attributes=nothing).known_attributes()
     write(tmp_path, "items.csv")
     expected = [["Action"], ["Action", "Comedy"], [], []]
     assert of_each(load(tmp_path).known_attributes()) == expected

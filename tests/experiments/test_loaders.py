@@ -280,7 +280,7 @@ def test_dates(tmp_path, times):
     assert dataset.timestamps is not None
     assert dataset.timestamps.tolist() in ([10, 20], [0, 86_400])
     path.write_text(f"user,item,timestamp\n1,5,{times[0]}\n1,6,soon\n")
-    with pytest.raises(ValueError, match="line 3: timestamp: .* a date, found 'soon'"):
+    with pytest.raises(ValueError, match="line 3: timestamp: .* a date .*, found 'soon'"):
         load(path)
 
 
@@ -304,7 +304,7 @@ def test_lines_are_counted_through_quoted_newlines(tmp_path):
         write(tmp_path, case, text),
         case,
         5,
-        "timestamp: expected a number or a date, found 'late'",
+        "timestamp: expected a number or a date (all in one form), found 'late'",
     )
     assert load(write(tmp_path, case, text.replace("late", "5"))).num_interactions == 3
     cut = write(tmp_path, case, text[: text.index("lines")])
@@ -355,6 +355,15 @@ def test_good_id_lines(tmp_path):
         load(path)
     with pytest.raises(ValueError, match="in a format with a header"):
         load(path, columns={"user": "id"})
+
+
+def test_keys_of_json_lines_that_are_there_are_named(tmp_path):
+    path = tmp_path / "reviews.json"
+    path.write_text('{"user_id": "a", "parent_asin": "b"}\n')
+    with pytest.raises(
+        ValueError, match="'reviewerID' for the user, only user_id, parent_asin"
+    ):
+        load(path, format="amazon-reviews")
 
 
 def parquet(folder: Path, **columns) -> Path:

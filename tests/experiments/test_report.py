@@ -1,6 +1,7 @@
 """Tables are functions of records: by hand for one small run."""
 
 import json
+import shlex
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -141,6 +142,53 @@ def test_commands_name_the_options_that_chose_the_data(runs, tmp_path):
     write_report([runs], tmp_path / "page.md")
     command = "train --data amazon_beauty --k-core 5 --split-times 600.0 800.0 --model sasrec"
     assert command in (tmp_path / "page.md").read_text()
+
+
+def change(path, edit):
+    """Rewrites a file of records; `edit` changes each in place."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        edit(line)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_run_that_went_on_for_more_epochs_is_told_by_its_newest_settings(runs, tmp_path):
+    def edit(line):
+        if line["kind"] == "valid":  # of the command before
+            line["config"]["epochs"] = 1
+
+    change(runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl", edit)
+    write_report([runs], tmp_path / "page.md")
+    assert "epochs 1" not in (tmp_path / "page.md").read_text()
+
+
+def test_commands_can_be_typed(runs, tmp_path, monkeypatch):
+    """With the preset that was asked for, the file's own name, and no idle setting."""
+    source = tmp_path / "my log.csv"
+    source.write_text("")
+    idle = {"optimizer": "adamw", "beta": 0.5, "model": "mf", "windows": "users"}
+    asked = preset("mf", "movielens_1m", "adamw", weight_decay=0.1, dim=8)
+
+    def edit(line):
+        if "config" in line:
+            line["config"] = asdict(replace(asked, **idle))
+            line["data"] |= {"name": "my log", "source": str(source)}
+            line["data"]["options"] = "--preset movielens_1m"
+
+    change(runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl", edit)
+    write_report([runs], tmp_path / "page.md")
+    command = next(c for c in (tmp_path / "page.md").read_text().split("`") if "train" in c)
+    options = cli.parse(shlex.split(command)[3:])
+    assert options.data == "my log.csv"
+    assert options.given() == {"weight_decay": 0.1, "dim": 8}
+    config = options.config("adamw", "my log")
+    options.check_given([config])
+    assert config == asked
+
+
+def test_folders_may_overlap_and_hold_other_files(runs, tmp_path):
+    (runs / "list.jsonl").write_text("[1, 2]\n")
+    assert write_report([runs, runs / "beauty-sasrec"], tmp_path / "page.md") == 1
 
 
 def test_what_is_missing_is_said(runs, tmp_path):

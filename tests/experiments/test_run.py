@@ -116,7 +116,9 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(finished, split):
         ValueError, match="`folder` .* holds a run: resume it .* or choose another"
     ):
         fit(TINY, split, (3, 5), folder)
-    with pytest.raises(ValueError, match="other settings.*learning_rate"):
+    with pytest.raises(
+        ValueError, match=r"settings: learning_rate 0.\d+ there, 0.5 asked for\.$"
+    ):
         fit(replace(TINY, learning_rate=0.5), split, (3, 5), folder, source="here", resume=True)
     with pytest.raises(ValueError, match="other settings.*seeds"):
         fit(TINY, split, (3,), folder, source="here", resume=True)
@@ -200,7 +202,7 @@ def test_every_setting_has_an_effect_somewhere():
 def test_what_depends_on_the_number_of_epochs_cannot_go_on_for_more(change, split, tmp_path):
     config = replace(TINY, epochs=1, **change)
     fit(config, split, (0,), tmp_path / "run")
-    with pytest.raises(ValueError, match="other settings.*'epochs': 1"):
+    with pytest.raises(ValueError, match="other settings: epochs 1 there, 2 asked"):
         fit(replace(config, epochs=2), split, (0,), tmp_path / "run", resume=True)
 
 
@@ -332,10 +334,13 @@ def test_train_command_compares_and_draws(csv, tmp_path, capsys):
     options = f"train --data {csv} --out {out} --epochs 1 --dim 8 --max-length 10 --seeds 0 1"
     cli.main(options.split())
     printed = capsys.readouterr().out
+    kept = (out / "adamw").rename(out / "kept")
+    with pytest.raises(SystemExit):  # before it trains the other
+        cli.main(options.split())
+    assert "sevo_adamw holds a run" in capsys.readouterr().err and not (out / "adamw").exists()
     for text in ("120 users", "sevo_adamw", "gain over adamw", "NDCG@10", "±"):
         assert text in printed
-    for label in ("adamw", "sevo_adamw"):
-        folder = out / label
+    for folder in (kept, out / "sevo_adamw"):
         assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / records.FILE).exists() and any((folder / "checkpoints").iterdir())
 
@@ -356,10 +361,11 @@ def test_data_options_reach_the_loader(tmp_path, split):
     """Own column names, a rating threshold, repeats and a split by time."""
     dataset = split.dataset
     rows = zip(dataset.users, dataset.values, range(dataset.num_interactions), strict=True)
-    lines = "".join(f"{u},{i},{t},{1 + t % 5}\n" for u, i, t in rows)
+    lines = "".join(f"{u},{i},{t},{1 + t % 5},\n" for u, i, t in rows)
     path = tmp_path / "named.csv"
-    path.write_text("who,what,when,stars\n" + lines)
+    path.write_bytes("who,what,when,stars,gén\n".encode("latin-1") + lines.encode())
     options = ["train", "--data", str(path), "--min-rating", "2", "--repeats", "first"]
+    options += ["--encoding", "latin-1"]
     columns = "user who item what timestamp when rating stars"
     options += ["--columns", *columns.split(), "--split-times", "600", "800"]
     parsed = cli.parse(options)
@@ -393,7 +399,13 @@ def test_data_options_reach_the_loader(tmp_path, split):
         ("ablate smoothness --schedule cosine", "`smoothness` knows no `schedule`"),
         ("report --runs", "`runs` must name at least one folder"),
         ("train --beta 1.5", "`beta` must be in"),
-        ("train --epochs -1", "`epochs` must be positive"),
+        ("train --epochs -1", "`epochs` must be at least 0"),
+        ("train --learning-rate nan", "`learning_rate` must be positive and finite, got nan"),
+        ("train --weight-decay inf", "`weight_decay` must be at least 0 and finite, got inf"),
+        ("train --model mf --max-length 9", "`max_length` changes nothing"),
+        ("train --model bert4rec --max-length 1", "`max_length` of bert4rec must be at least"),
+        ("train --graph-window 1", "`graph_window` must be at least 2"),
+        ("ablate theory --model mf", "`theory` takes `seeds` and `out` alone"),
         ("recommend --run . --history 1", "holds no run"),
     ],
 )

@@ -191,6 +191,7 @@ def test_edge_graph_equals_the_loop(seed):
 
 def test_edge_graph_without_edges():
     assert len(sevo_jax.edge_graph([], [], 3).edges) == 0
+    assert len(sevo_jax.edge_graph([0], [1], 3, [1e-50]).edges) == 0  # 0 in float32
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-25, 1.0, 1e25, 1e37])
@@ -297,6 +298,7 @@ def test_ten_million_interactions():
         (lambda: sevo_jax.edge_graph([0], [1], 2, [1, 2]), ValueError, r"and \(2,\)"),
         (lambda: sevo_jax.edge_graph([0], [1], 2, [-1.0]), ValueError, "entry 0 is -1.0"),
         (lambda: sevo_jax.edge_graph([0], [1], 2, [np.nan]), ValueError, "entry 0 is nan"),
+        (lambda: sevo_jax.edge_graph([0], [1], 2, [1e300]), ValueError, "large for float32"),
         (lambda: sevo_jax.bipartite_graph([2], [0], 2, 2), ValueError, "`num_users` = 2"),
         (lambda: sevo_jax.bipartite_graph([0], [0], 2.0, 2), ValueError, "`num_users` must"),
         (lambda: sevo_jax.bipartite_graph([0], [0], 2, True), ValueError, "`num_items` must"),

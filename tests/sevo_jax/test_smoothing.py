@@ -195,6 +195,7 @@ def random_graph_adjacency():
             ValueError,
             "unknown `method` 'average', valid are .*'neumann', 'iterative'",
         ),
+        ({"rescale": "no"}, TypeError, "`rescale` as a bool or an array of one, but got 'no'"),
         ({"isolated": "drop"}, ValueError, "unknown `isolated` 'drop', valid are"),
         ({"x": jnp.ones((19, 2))}, ValueError, r"\[num_nodes=20, d\], but got \(19, 2\)"),
         ({"x": jnp.ones(20)}, ValueError, r"but got \(20,\)"),

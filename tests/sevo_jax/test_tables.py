@@ -4,6 +4,9 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 # pyright: reportCallIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +62,23 @@ def test_a_bare_table_and_a_tuple_of_parameters():
     assert table_groups(jnp.ones((20, 4)), None, 20) == [[0]]
     assert table_groups((jnp.ones(3), jnp.ones((20, 4))), "^1$", 20) == [[1]]
     assert table_groups((jnp.ones(3), jnp.ones((20, 4))), (False, True), 20) == [[1]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Called:
+    """A tree that can be called, as Equinox's modules can."""
+
+    item: Any
+    bias: Any
+
+    def __call__(self):
+        raise AssertionError
+
+
+def test_a_mask_that_can_be_called_is_a_mask():
+    params = Called(item=jnp.ones((20, 4)), bias=jnp.ones(4))
+    assert table_groups(params, Called(item=True, bias=False), 20) == [[0]]
 
 
 def test_a_tree_without_leaves_passes():
