@@ -1,5 +1,8 @@
 """Shared fixtures; tests marked slow run only if a marker expression asks for them."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import jax
@@ -8,6 +11,20 @@ import pytest
 
 # Formulas are under test: on a GPU products of float32 would by default be rounded to TF32.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets tests share what they compile, which takes most of their time.
+
+    The programs that they start share another folder: one that is killed may leave half of a
+    file there, which costs the next a warning, and here warnings are errors.
+    """
+    folder = tempfile.mkdtemp(prefix="sevo_jax-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", f"{folder}/own")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/started"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -295,7 +295,7 @@ def test_the_command(tmp_path, capsys):
     assert ablation_of(run) == "beta, dim 4, epochs 1, num_blocks 1"
     assert name_of(run) == "beta=0.9"
     asked = "--dim 4 --epochs 1 --num-blocks 1 --arms adamw beta=0.5 beta=0.9"
-    assert command_of(run).startswith("python -m experiments ablate beta --data log ")
+    assert command_of(run).startswith("python -m experiments ablate beta --data log.csv ")
     assert command_of(run).endswith(asked)
     for arguments, message in (
         (["ablate", "bets", *common], "`name` must be one of"),

@@ -177,7 +177,10 @@ def test_a_study_is_kept_and_reported(tmp_path, capsys, monkeypatch):
     for wrong in (command, ["ablate", "theory", "--dim", "4", "--out", str(tmp_path / "new")]):
         with pytest.raises(SystemExit):
             cli.main(wrong)
-    assert "holds a study" in (errors := capsys.readouterr().err) and "['dim']" in errors
+    assert (
+        "holds a study" in (errors := capsys.readouterr().err)
+        and "`seeds` and `out` alone" in errors
+    )
     keep([tmp_path / "runs"], tmp_path / "kept")
     page = tmp_path / "RESULTS.md"
     assert write_report([tmp_path / "kept"], page) == 1
