@@ -337,16 +337,14 @@ def published(
     if (data.get("items"), data.get("train")) != _SIZES.get(data["name"]):
         return None
     config = replace(config, streams=1, loader_workers=1)
+    usual, known = preset(*key, config.optimizer), _SEVO.get(key)
     if config.graph == "users_items" and config.optimizer == "sevo_adamw":
         beta, *known = _USERS_ITEMS[key]
-        usual = preset(*key, "sevo_adamw", graph="users_items", beta=beta)
-        if config.changes(usual):
-            return None
-        return dict(zip(_NAMES, zip(*known, strict=True), strict=True))
-    if config.changes(preset(*key, config.optimizer)):
+        usual = preset(*key, config.optimizer, graph=config.graph, beta=beta)
+    if config.changes(usual):
         return None
-    if config.optimizer == "sevo_adamw" and key in _SEVO:
-        return dict(zip(_NAMES, zip(*_SEVO[key], strict=True), strict=True))
+    if config.optimizer == "sevo_adamw" and known:
+        return dict(zip(_NAMES, zip(*known, strict=True), strict=True))
     if config.optimizer == "adam" and key in _ADAM:
         return {name: (mean, None) for name, mean in zip(_NAMES, _ADAM[key], strict=True)}
     return None

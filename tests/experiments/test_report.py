@@ -48,6 +48,14 @@ def runs(tmp_path):
     return tmp_path / "runs"
 
 
+def change(path, edit):
+    """Rewrites a file of records; `edit` changes each in place."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        edit(line)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def test_tables_hold_mean_and_spread(runs, tmp_path):
     page = tmp_path / "RESULTS.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -66,13 +74,13 @@ def test_tables_hold_mean_and_spread(runs, tmp_path):
 
 def test_measured_stands_beside_published(runs, tmp_path):
     """.0400 is .00113 below the published .04113, whose deviation is .00133."""
-    path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
+
+    def edit(line):
         if "config" in line:
             line["config"]["beta"] = 0.99
             line["data"] |= {"items": 12_101, "train": 153_776}
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    change(runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl", edit)
     write_report([runs], tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     row = "| amazon_beauty | sasrec | sevo_adamw | 2 | 0.0400 ± 0.0141 | 0.0411 ± 0.0013 |"
@@ -133,23 +141,14 @@ def test_files_that_are_no_records_are_left_out(runs, tmp_path):
 
 
 def test_commands_name_the_options_that_chose_the_data(runs, tmp_path):
-    path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
+    def edit(line):
         if "data" in line:
             line["data"]["options"] = "--k-core 5 --split-times 600.0 800.0"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    change(runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl", edit)
     write_report([runs], tmp_path / "page.md")
     command = "train --data amazon_beauty --k-core 5 --split-times 600.0 800.0 --model sasrec"
     assert command in (tmp_path / "page.md").read_text()
-
-
-def change(path, edit):
-    """Rewrites a file of records; `edit` changes each in place."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
-        edit(line)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_a_run_that_went_on_for_more_epochs_is_told_by_its_newest_settings(runs, tmp_path):
@@ -162,17 +161,16 @@ def test_a_run_that_went_on_for_more_epochs_is_told_by_its_newest_settings(runs,
     assert "epochs 1" not in (tmp_path / "page.md").read_text()
 
 
-def test_commands_can_be_typed(runs, tmp_path, monkeypatch):
+def test_commands_can_be_typed(runs, tmp_path):
     """With the preset that was asked for, the file's own name, and no idle setting."""
-    source = tmp_path / "my log.csv"
-    source.write_text("")
+    source = "somewhere/my log.csv"
     idle = {"optimizer": "adamw", "beta": 0.5, "model": "mf", "windows": "users"}
     asked = preset("mf", "movielens_1m", "adamw", weight_decay=0.1, dim=8)
 
     def edit(line):
         if "config" in line:
             line["config"] = asdict(replace(asked, **idle))
-            line["data"] |= {"name": "my log", "source": str(source)}
+            line["data"] |= {"name": "my log", "source": source}
             line["data"]["options"] = "--preset movielens_1m"
 
     change(runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl", edit)
