@@ -47,10 +47,6 @@ def run(options: Ablate, console: Console) -> list[Finding]:
       ValueError: the folder holds a study already.
     """
     check_seeds(options.seeds)
-    if options.name == "theory" and options != Ablate(
-        name="theory", seeds=options.seeds, out=options.out, resume=options.resume
-    ):
-        raise ValueError("`theory` takes `seeds` and `out` alone.")
     if options.resume:
         raise ValueError("`resume` is for runs; a study starts anew.")
     module = importlib.import_module(STUDIES[options.name])

@@ -42,6 +42,8 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
 
     Every seed of the options draws its own graphs and its own problem.
     """
+    if options != Ablate(name=options.name, seeds=options.seeds, out=options.out):
+        raise ValueError("`theory` takes `seeds` and `out` alone.")
     return [_direction_aware(options.seeds), _rate(options.seeds)]
 
 
