@@ -55,6 +55,8 @@ SEVO_ONLY = (
     "graph_keep",
     "graph_max_items",
 )
+# Those of them that a plain optimizer refuses instead of ignoring them.
+SEVO_NEEDED = ("placement", "smooth_every", "smooth_start", "touched")
 _MAY_BE_ZERO = (
     "gbce_t",
     "weight_decay",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from experiments.config import (
+    SEVO_NEEDED,
     Config,
     Graph,
     Loss,
@@ -170,7 +171,7 @@ class Job:
         """The settings that were given, but for what only SEvo has where there is none."""
         known = self.given()
         if not optimizer.startswith("sevo_"):
-            for name in ("placement", "smooth_every", "smooth_start", "touched"):
+            for name in SEVO_NEEDED:
                 known.pop(name, None)
         return known
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.config import Config, preset
+from experiments.config import SEVO_NEEDED, Config, preset
 from experiments.published import CURVES, published, published_arm
 from experiments.ranking import METRICS
 from experiments.statistics import relative_gain, spread
@@ -277,12 +277,16 @@ def _usual(run: Records) -> Config:
 def name_of(run: Records) -> str:
     """The optimizer's label and what is not as in the preset: `sevo_adamw, beta 0.5`.
 
-    Of an ablation's arm, the name that it has there, and in brackets what was given to the
-    ablation but not to this arm: of what SEvo alone has, an arm without it gets nothing.
+    Of an ablation's arm, the name that it has there, and in brackets what was given to this
+    arm alone, as it has SEvo, or to the ablation but not to this arm.
     """
     config = config_of(run)
     if arm := _arm(run):
-        own = {k: v for k, v in vars(config).items() if arm["given"].get(k, v) != v}
+        own = {
+            name: value
+            for name in arm["given"]
+            if ((value := getattr(config, name)) == arm["given"][name]) == (name in SEVO_NEEDED)
+        }
         note = ", ".join(f"{k} {v}" for k, v in own.items())
         return f"{arm['arm']} ({note})" if note else arm["arm"]
     changed = overrides(run)
@@ -295,10 +299,12 @@ def _arm(run: Records) -> dict[str, Any]:
 
 
 def ablation_of(run: Records) -> str:
-    """The ablation that a run is an arm of, with what was given: `layers, epochs 40`."""
+    """The ablation that a run is an arm of, with what was given to all of its arms, those
+    without SEvo too: `layers, epochs 40`."""
     if not (arm := _arm(run)):
         return ""
-    return with_given(arm["name"], arm["given"])
+    shared = {name: value for name, value in arm["given"].items() if name not in SEVO_NEEDED}
+    return with_given(arm["name"], shared)
 
 
 def with_given(name: str, given: dict[str, Any]) -> str:

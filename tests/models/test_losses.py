@@ -375,7 +375,7 @@ def test_cross_entropy_maps_over_seeds():
 
 
 def test_cross_entropy_never_holds_all_scores():
-    """Neither forward nor backward: by the shapes in the program, and by its memory."""
+    """Neither forward nor backward: by the shapes in the program, and on a CPU by its memory."""
     num_slots, num_items, chunk_size = 640, 1000, 32
     form = functools.partial(cross_entropy, chunk_size=chunk_size)
 
@@ -396,7 +396,8 @@ def test_cross_entropy_never_holds_all_scores():
     every = f"{num_slots}x{num_items}x"
     assert every in plain_text and every not in text
     assert f"{chunk_size}x{num_items}x" in text
-    assert plain_memory > 4 * num_slots * num_items > 5 * memory
+    if jax.default_backend() == "cpu":  # elsewhere the products take room of their own
+        assert plain_memory > 4 * num_slots * num_items > 5 * memory
 
 
 @pytest.mark.parametrize("label_smoothing", [-0.1, 1.0])
