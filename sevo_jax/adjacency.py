@@ -54,7 +54,8 @@ def normalized_adjacency(
       capacity: pad to this number of edges, which then cost time but change nothing.
       messages: `"bfloat16"` lets the rows of a float32 table travel along edges in half
         precision, which halves the memory traffic. Sums stay in float32; psi is then off by
-        2 to 5e-4 of its norm. For the layouts `"edges"` and `"compiled"`.
+        2 to 5e-4 of its norm for tables of random signs, and by up to 1e-3 where all rows are
+        rounded alike. For the layouts `"edges"` and `"compiled"`.
 
     Returns:
       The adjacency, in the default float dtype. Products take the dtype of the table.

@@ -107,7 +107,8 @@ def edge_graph(
 
     Direction does not count: the weight of two nodes is the sum over all edges between them,
     in either direction. So a symmetric matrix with entries in both halves gives twice itself,
-    of which the normalised adjacency is the same.
+    of which the normalised adjacency is the same. An edge from a node to itself is one in
+    either direction, so it counts twice, too.
 
     Args:
       senders: node ids `[num_edges]`.
@@ -223,8 +224,9 @@ def attribute_graph(attributes: Ragged, *, max_items: int | None = None) -> jrap
         check_positive("attribute_graph", "max_items", max_items)
     values, splits = ragged("attribute_graph", "attributes", attributes, None)
     num_nodes = len(splits) - 1
+    numbers = np.unique(values, return_inverse=True)[1]  # ids may be of any size and type
     members = np.unique(  # a repeated attribute counts once
-        np.stack([values, np.repeat(np.arange(num_nodes), np.diff(splits))]), axis=1
+        np.stack([numbers, np.repeat(np.arange(num_nodes), np.diff(splits))]), axis=1
     )
     attribute, item = members
     _, group, size = np.unique(attribute, return_inverse=True, return_counts=True)

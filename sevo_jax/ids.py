@@ -46,6 +46,8 @@ def _row(function: str, name: str, index: int, row: Any) -> np.ndarray:
             f"`{function}` takes `{name}` as a list of flat integer arrays, one per row, but "
             f"row {index} is {type(row).__name__} of shape {array.shape or '()'}.{hint}"
         )
+    if array.dtype == np.uint64 and (not len(array) or array.max() < 2**63):
+        return array.astype(np.int64)  # beside int64, NumPy would make floats of both
     return array
 
 

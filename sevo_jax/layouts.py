@@ -9,7 +9,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class Adjacency(abc.ABC):
     """A symmetric matrix A~ `[num_nodes, num_nodes]` that can be applied to a table."""
 
     isolated: jax.Array  # [num_nodes] bool: rows of A~ that are zero
+    splits_rows = False  # whether it takes tables whose rows are split over devices
 
     @classmethod
     @abc.abstractmethod
@@ -50,6 +51,16 @@ class Adjacency(abc.ABC):
     def polynomial(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
         """sum_l c_l A~^l x, with coefficients `[L + 1, 1, 1]` or `[L + 1, 1, d]`."""
         return _horner(self.matmul, coefficients, x)
+
+    def columnwise(
+        self, function: "ColumnFunction", parameters: jax.Array, x: jax.Array
+    ) -> jax.Array:
+        """`function(self, parameters, x)`, each column of whose result follows from that of x
+        and, if there are as many, of the parameters `[..., 1 or d]`."""
+        return function(self, parameters, x)
+
+
+ColumnFunction: TypeAlias = Callable[[Adjacency, jax.Array, jax.Array], jax.Array]
 
 
 def _horner(
@@ -334,5 +345,7 @@ def _backward(args: Any, cotangent: jax.Array) -> tuple[None, jax.Array, jax.Arr
 
 
 # `custom_vmap` has no reverse mode of its own. psi is symmetric, and the edges are data.
-_rows_polynomial = jax.custom_vjp(_tables_polynomial)
-_rows_polynomial.defvjp(_forward, _backward)
+_differentiable = jax.custom_vjp(_tables_polynomial)
+_differentiable.defvjp(_forward, _backward)
+# Under `vmap` in `jit`, JAX's custom derivatives do not take NumPy's arrays for constants.
+_rows_polynomial = jax.jit(_differentiable)

@@ -52,7 +52,8 @@ def _register(path: Path) -> None:
     if not path.exists():
         raise RuntimeError(
             f'`layout="compiled"` needs a library that is not built. Run `{COMMAND}`, or '
-            'take `layout="rows"`.'
+            'take `layout="rows"`. An adjacency that was prepared where it is built needs it '
+            "here, too."
         )
     # XLA takes no second library for a name, not even the same one from another cache folder.
     if path.name in _registered:

@@ -84,6 +84,10 @@ def sevo_adamw(
       >>> print(np.asarray(params["item_embedding"])[:, 0].round(3))  # all rows have moved
       [0.111 0.104 0.037]
 
+    .. note::
+      `optax.inject_hyperparams` holds numbers in the type of the parameters. In half precision
+      that makes 1 of `b2`, for `optax.adamw` as well: give it `hyperparam_dtype=jnp.float32`.
+
     References:
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
     """
@@ -103,7 +107,7 @@ def sevo_adamw(
             isolated=isolated,
             every=every,
         ),
-        optax.add_decayed_weights(_negative_product(learning_rate, weight_decay), mask),
+        _add_decayed_weights(_negative_product(learning_rate, weight_decay), mask),
     )
     plain = optax.adamw(
         learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask
@@ -295,7 +299,21 @@ def _l2(weight_decay: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """Without a decay `update` needs no parameters, as in Optax's own optimizers."""
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return optax.identity()
-    return optax.add_decayed_weights(weight_decay)
+    return _add_decayed_weights(weight_decay)
+
+
+def _add_decayed_weights(
+    weight_decay: optax.ScalarOrSchedule, mask: Any = None
+) -> optax.GradientTransformation:
+    """Optax's, in the type of the updates: most schedules return float32 arrays, which would
+    widen those of tables in half precision."""
+    decay = optax.add_decayed_weights(weight_decay, mask)
+
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        decayed, state = decay.update(updates, state, params)
+        return jax.tree.map(lambda u, new: new.astype(u.dtype), updates, decayed), state
+
+    return optax.GradientTransformation(decay.init, update_fn)
 
 
 def by_table(

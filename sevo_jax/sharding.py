@@ -1,6 +1,7 @@
 """Smoothing on several devices: the rows of a table split over a mesh, two collectives."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, Self
 
@@ -8,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sevo_jax.adjacency import Graph, normalized_adjacency
-from sevo_jax.layouts import Adjacency
+from sevo_jax.layouts import Adjacency, ColumnFunction
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +25,11 @@ class Sharded(Adjacency):
     second all-to-all returns the rows. A number of columns that the devices do not divide is
     filled up with zeros. Rows that they do not divide cannot be split: such a table lies whole
     on every device, which takes its columns from it, and one all-gather joins the results.
+
+    It cannot be pickled, as a mesh names devices of this process; what it was made from can.
     """
+
+    splits_rows = True
 
     local: Adjacency  # on every device
     isolated: jax.Array  # [num_nodes] bool, split as the rows
@@ -48,22 +53,41 @@ class Sharded(Adjacency):
         return self.polynomial(jnp.array([0, 1], x.dtype).reshape(2, 1, 1), x)
 
     def polynomial(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+        def function(local: Adjacency, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+            return local.polynomial(coefficients, x)
+
+        return self.columnwise(function, coefficients, x)
+
+    def columnwise(
+        self, function: ColumnFunction, parameters: jax.Array, x: jax.Array
+    ) -> jax.Array:
         whole = PartitionSpec()
         # Products inside start sums from constants, which the check of varying axes refuses.
         apply = jax.shard_map(
-            self._own_share,
+            functools.partial(self._own_share, function),
             mesh=self.mesh,
             in_specs=(whole, whole, self.rows),
             out_specs=self.rows,
             check_vma=False,
         )
-        return apply(self.local, coefficients, x)
+        if AxisType.Explicit not in self.mesh.axis_types:
+            return apply(self.local, parameters, x)
+        # There the place is a part of the type, and JAX brings nothing to where it is needed:
+        # a table that lies elsewhere, as stacked ones do, is brought there and back.
+        before = jax.typeof(x).sharding
+        y = apply(self.local, parameters, jax.sharding.reshard(x, self._place(self.rows)))
+        return y if before.mesh.empty else jax.sharding.reshard(y, self._place(before.spec))
 
-    def _own_share(self, local: Adjacency, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+    def _place(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    def _own_share(
+        self, function: ColumnFunction, local: Adjacency, parameters: jax.Array, x: jax.Array
+    ) -> jax.Array:
         """What one device does, with its rows `[num_nodes / devices, d]` of x or with all."""
         axes, d = self.axes, x.shape[1]
         if not axes:
-            return local.polynomial(coefficients, x)
+            return function(local, parameters, x)
         width = -(-d // _size(self.mesh, axes))
 
         def fill(columns: jax.Array) -> jax.Array:
@@ -74,13 +98,13 @@ class Sharded(Adjacency):
             start = lax.axis_index(axes) * width
             return lax.dynamic_slice_in_dim(fill(columns), start, width, axis=-1)
 
-        if coefficients.shape[-1] > 1:
-            coefficients = own(coefficients)
+        if parameters.shape[-1] > 1:
+            parameters = own(parameters)
         if self.rows == PartitionSpec():
-            y = local.polynomial(coefficients, own(x))
+            y = function(local, parameters, own(x))
             return lax.all_gather(y, axes, axis=1, tiled=True)[:, :d]
         columns = lax.all_to_all(fill(x), axes, split_axis=1, concat_axis=0, tiled=True)
-        y = local.polynomial(coefficients, columns)
+        y = function(local, parameters, columns)
         return lax.all_to_all(y, axes, split_axis=0, concat_axis=1, tiled=True)[:, :d]
 
 

@@ -67,8 +67,9 @@ def _paths(params: Any) -> tuple[list[str], list[Any]]:
     paths = []
     for path, _ in flat:
         names = [str(_name(entry)) for entry in path]
-        # The leaves of an NNX state are the `value` of its variables.
-        paths.append("/".join(names[:-1] if names[1:] and names[-1] == "value" else names))
+        # The leaves of an NNX state are the `value` of its variables, which is no key.
+        boxed = names[1:] and isinstance(path[-1], jax.tree_util.GetAttrKey)
+        paths.append("/".join(names[:-1] if boxed and names[-1] == "value" else names))
     return paths, [leaf for _, leaf in flat]
 
 

@@ -187,11 +187,12 @@ def _smooth_every(
     def smoothed(_: Any, carry: Any) -> Any:
         new, totals = carry
         both = zip(new, psi(totals), totals, strict=True)
-        new = [(u + (y - t)).astype(u.dtype) for u, y, t in both]
-        return new, [jnp.zeros_like(t) for t in totals]
+        return [u + (y - t) for u, y, t in both], [jnp.zeros_like(t) for t in totals]
 
     for group in groups:
-        carry = [leaves[i] for i in group], [leaves[i] + sums[i] for i in group]
+        # In the type of the sums: rounded to half precision, what takes them back would not.
+        new = [leaves[i].astype(sums[i].dtype) for i in group]
+        carry = new, [u + sums[i] for u, i in zip(new, group, strict=True)]
         if isinstance(due, Tracer):
             # A loop of one turn or none: `vmap` would take both branches of a `cond`, and XLA
             # would copy what passes through it.
@@ -264,7 +265,7 @@ def scale_by_corrected_adam(
         touched: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByCorrectedAdamState]:
-        del params, extra_args
+        del extra_args
         count = optax.safe_increment(state.count)
         step1, step2 = _mean_step(b1, count), _mean_step(b2, count)
         rows = _touched_rows(updates, touched)
@@ -276,14 +277,16 @@ def scale_by_corrected_adam(
             return mean(m, g.astype(m.dtype), row, step1)
 
         def second(g: jax.Array, v: jax.Array, row: jax.Array) -> jax.Array:
-            return mean(v, g.astype(v.dtype) ** 2, row, step2)
+            return mean(v, (jnp.abs(g.astype(v.dtype)) ** 2).astype(v.dtype), row, step2)
 
-        def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-            return (m / (jnp.sqrt(v) + eps)).astype(g.dtype)
+        def direction(g: jax.Array, m: jax.Array, v: jax.Array, p: jax.Array) -> jax.Array:
+            # As in Optax, a gradient in half precision does not narrow the step of its table.
+            return (m / (jnp.sqrt(v) + eps)).astype(jnp.promote_types(g.dtype, p.dtype))
 
         mu = jax.tree.map(first, updates, state.mu, rows)
         nu = jax.tree.map(second, updates, state.nu, rows)
-        updates = jax.tree.map(direction, updates, mu, nu)
+        types = updates if params is None else params
+        updates = jax.tree.map(direction, updates, mu, nu, types)
         return updates, ScaleByCorrectedAdamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -320,7 +323,8 @@ def _touched_rows(updates: optax.Updates, touched: Any) -> Any:
         if mask.dtype != bool or mask.shape != g.shape[:1]:
             raise ValueError(
                 f"`touched` takes bools of shape {g.shape[:1]}, one per row of the table, but "
-                f"got {mask.dtype} of shape {mask.shape}."
+                f"got {mask.dtype} of shape {mask.shape}. Tables that differ in their lengths "
+                "take a tree of such masks in the structure of the parameters."
             )
         return mask.reshape(mask.shape + (1,) * (g.ndim - 1))
 

@@ -375,7 +375,7 @@ def test_cross_entropy_maps_over_seeds():
 
 
 def test_cross_entropy_never_holds_all_scores():
-    """Neither forward nor backward: by the shapes in the program, and on a CPU by its memory."""
+    """Neither forward nor backward: by the program's shapes, and on a CPU by its memory."""
     num_slots, num_items, chunk_size = 640, 1000, 32
     form = functools.partial(cross_entropy, chunk_size=chunk_size)
 

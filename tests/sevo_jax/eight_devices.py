@@ -161,16 +161,39 @@ def test_moments_and_sums_begin_where_the_table_lies():
     assert all(leaf.sharding.is_equivalent_to(table.sharding, 2) for leaf in tables)
 
 
-def test_stacked_tables_stay_whole(x64):
+@pytest.mark.parametrize("types", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("jit", [True, False])
+def test_stacked_tables_stay_whole(types, jit, x64):
     graph = sevo_jax.bipartite_graph(np.arange(15), np.arange(15), 15, 25)
     params = {"user": jnp.ones((15, 8)), "item": jnp.ones((25, 8))}
-    sharded = shard_adjacency(graph, mesh(8))
-    updates = [
-        sevo_jax.sevo(g, tables=("user", "item")).update(params, optax.EmptyState())[0]
-        for g in (sharded, graph)
-    ]
-    assert_trees_close(*updates)
-    assert all(s.is_fully_replicated for s in jax.tree.leaves(row_shardings(params, sharded)))
+    sharded = shard_adjacency(graph, mesh(8, types=types))
+    places = row_shardings(params, sharded)
+    assert all(place.is_fully_replicated for place in jax.tree.leaves(places))
+
+    def trained(graph: Any, params: Any) -> Any:
+        solver = sevo_jax.sevo_adamw(0.1, graph, tables=("user", "item"))
+        update = jax.jit(solver.update) if jit else solver.update
+        return update(params, solver.init(params), params)[0]
+
+    assert_trees_close(trained(sharded, jax.device_put(params, places)), trained(graph, params))
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec(None, "rows"), None])
+def test_a_table_that_lies_elsewhere_on_an_explicit_mesh_is_brought(spec, x64):
+    graph, devices = random_graph(0, NUM_NODES), mesh(8, types=EXPLICIT)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(NUM_NODES, DIM)))
+    placed = x if spec is None else jax.device_put(x, NamedSharding(devices, spec))
+    y = jax.jit(sevo_jax.smooth)(shard_adjacency(graph, devices), placed)
+    np.testing.assert_allclose(np.asarray(y), sevo_jax.smooth(graph, x), atol=1e-12)
+    if spec is not None:
+        assert y.sharding.is_equivalent_to(placed.sharding, 2)
+
+
+def test_split_rows_and_a_graph_that_is_not_split_are_refused():
+    graph, devices = random_graph(0, NUM_NODES), mesh(8, types=EXPLICIT)
+    x = jax.device_put(jnp.ones((NUM_NODES, 2)), NamedSharding(devices, PartitionSpec("rows")))
+    with pytest.raises(ValueError, match="`smooth` got `x` with rows .* `sevo_jax.sharding.sh"):
+        jax.jit(sevo_jax.smooth)(sevo_jax.normalized_adjacency(graph), x)
 
 
 @pytest.mark.parametrize("split", [PartitionSpec(None, None, "rows"), PartitionSpec("rows")])
@@ -205,19 +228,22 @@ def test_edges_under_vmap_of_tables_on_an_explicit_mesh(x64):
     np.testing.assert_allclose(y, expected, atol=1e-12)
 
 
-def _collectives_of_psi(num_nodes: int, d: int, num_layers: int, **kwargs: Any):
+def _collectives_of_psi(
+    num_nodes: int, d: int, num_layers: int, method: str = "neumann", **kwargs: Any
+):
     graph = shard_adjacency(random_graph(0, num_nodes), mesh(8), **kwargs)
     x = jnp.zeros((num_nodes, d))
     x = jax.device_put(x, row_shardings(x, graph))
-    smooth = jax.jit(sevo_jax.smooth, static_argnames="num_layers")
+    smooth = jax.jit(sevo_jax.smooth, static_argnames=("num_layers", "method"))
     beta = jnp.linspace(0, 0.9, d)
-    return collectives(smooth.lower(graph, x, beta=beta, num_layers=num_layers).compile())
+    lowered = smooth.lower(graph, x, beta=beta, num_layers=num_layers, method=method)
+    return collectives(lowered.compile())
 
 
-@pytest.mark.parametrize("num_layers", [1, 5])
-def test_two_collectives_whatever_the_number_of_layers(num_layers):
+@pytest.mark.parametrize("num_layers, method", [(1, "neumann"), (5, "neumann"), (0, "exact")])
+def test_two_collectives_whatever_the_number_of_layers(num_layers, method):
     size = 40 * 16 * 4 // 8  # a share of rows, or a share of columns, in float32
-    assert _collectives_of_psi(40, 16, num_layers) == [("all-to-all", size)] * 2
+    assert _collectives_of_psi(40, 16, num_layers, method) == [("all-to-all", size)] * 2
 
 
 def test_collectives_where_the_sizes_do_not_divide():

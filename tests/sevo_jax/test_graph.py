@@ -110,6 +110,14 @@ def test_attribute_graph_equals_the_loop(attributes):
     np.testing.assert_array_equal(dense(sevo_jax.attribute_graph(attributes)), expected)
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_large_ids_of_attributes_stay_apart(dtype):
+    """Float64, in which NumPy joins the two types, does not tell 2^60 from its successor."""
+    rows = [np.array([2**60 + n], dtype) for n in (0, 1, 0)] + [np.array([2**60 + 1])]
+    expected = np.array([[0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 0, 0], [0, 1, 0, 0]])
+    np.testing.assert_array_equal(dense(sevo_jax.attribute_graph(rows)), expected)
+
+
 def test_attribute_graph_without_common_attributes():
     graph = sevo_jax.attribute_graph([[0, 1], [0, 2], [0, 2]], max_items=2)
     np.testing.assert_array_equal(dense(graph), [[0, 0, 0], [0, 0, 1], [0, 1, 0]])

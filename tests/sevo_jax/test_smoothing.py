@@ -268,6 +268,25 @@ def test_tables_of_numpy_and_lists(recwarn):
     assert not recwarn
 
 
+@pytest.mark.parametrize("layout", ["edges", "rows", "dense", "padded"])
+def test_numpy_tables_may_be_constants_of_a_mapped_program(layout):
+    adjacency = sevo_jax.normalized_adjacency(random_graph(), layout=layout)
+    tables = np.random.default_rng(0).normal(size=(3, 20, 4)).astype(np.float32)
+    mapped = jax.jit(lambda: jax.vmap(lambda x: sevo_jax.smooth(adjacency, x))(tables))()
+    expected = [sevo_jax.smooth(adjacency, x) for x in tables]
+    np.testing.assert_allclose(mapped, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["neumann", "iterative", "exact"])
+def test_beta_of_half_precision_means_its_number(method):
+    """Its powers are not rounded. `inject_hyperparams` casts it to the parameters' type."""
+    graph, x = random_graph(3), jnp.asarray(np.random.default_rng(0).normal(size=(20, 4)))
+    for beta in (jnp.bfloat16(0.9), np.float16(0.9), jnp.full(4, 0.9, jnp.bfloat16)):
+        half = sevo_jax.smooth(graph, x, beta=beta, method=method)
+        full = sevo_jax.smooth(graph, x, beta=beta.astype(jnp.float32), method=method)
+        np.testing.assert_array_equal(half, full)
+
+
 def test_neumann_tends_to_the_exact_inverse():
     graph, x = random_graph(3), jnp.asarray(np.random.default_rng(0).normal(size=(20, 4)))
     exact = sevo_jax.smooth(graph, x, beta=0.8, method="exact")

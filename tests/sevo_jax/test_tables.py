@@ -81,6 +81,11 @@ def test_a_mask_that_can_be_called_is_a_mask():
     assert table_groups(params, Called(item=True, bias=False), 20) == [[0]]
 
 
+def test_a_key_called_value_is_part_of_the_path():
+    params = {"item": {"key": jnp.ones((20, 4)), "value": jnp.ones((20, 4))}}
+    assert table_groups(params, "item/value", 20) == [[1]]
+
+
 def test_a_tree_without_leaves_passes():
     for empty in ({}, None, optax.MaskedNode(), {"a": optax.MaskedNode()}):
         assert table_groups(empty, None, 20) == []

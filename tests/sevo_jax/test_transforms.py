@@ -320,6 +320,37 @@ def test_weight_decay_between_changes_little(x64):
     assert 0 < gap < every * 0.01 * 0.5 * movement
 
 
+def test_gradients_of_half_precision_do_not_narrow_a_wider_table():
+    """The step is float32, as Optax's; and what `every` takes back is what was there."""
+    params = {"item": jnp.ones((20, 3)), "bias": jnp.ones(3)}
+    grads = {"item": jnp.asarray(_sparse_grads(1)[0], jnp.bfloat16), "bias": jnp.ones(3)}
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    moments = sevo_jax.scale_by_corrected_adam()
+    step, expected = (
+        moments.update(g, moments.init(params), params)[0]["item"] for g in (grads, wide)
+    )
+    np.testing.assert_array_equal(step, expected)
+    theirs = optax.scale_by_adam()
+    theirs = theirs.update(grads, theirs.init(params), params)[0]["item"]
+    assert step.dtype == theirs.dtype == jnp.float32
+
+    graph = random_graph()
+    solver = sevo_jax.sevo(graph, tables="item", beta=0.9, every=3)
+    state, moved = solver.init(params), jnp.zeros((20, 3))
+    for _ in range(3):
+        updates, state = jax.jit(solver.update)(grads, state, params)
+        moved += updates["item"]
+    total = 3 * grads["item"].astype(jnp.float32)
+    np.testing.assert_allclose(moved, sevo_jax.smooth(graph, total, beta=0.9), atol=1e-6)
+
+
+def test_complex_parameters_get_the_direction_of_optax():
+    grad = jnp.array([1 + 2j, 3 - 1j])
+    ours, theirs = sevo_jax.scale_by_corrected_adam(), optax.scale_by_adam()
+    step, expected = (s.update(grad, s.init(grad), grad)[0] for s in (ours, theirs))
+    np.testing.assert_allclose(step, expected, rtol=1e-5)
+
+
 def test_rare_smoothing_of_half_precision_is_refused():
     """Sums of what a bfloat16 table has rounded away would be taken back from it."""
     solver = sevo_jax.sevo(random_graph(), tables="item", every=2)
