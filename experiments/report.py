@@ -108,8 +108,8 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
     """Copies tested runs' records below `into`, thinned so that a repository can hold them.
 
     Tests stay whole, but for the folders that the data lay in; of the curves, epochs 1, 5, 10
-    and every 20th stay, without the settings, which each test repeats. A run
-    `DATA-MODEL/OPTIMIZER` becomes one file of that name, and so does an arm of an ablation.
+    and every 20th stay. These and the buckets leave out the settings, which each test repeats.
+    A run `DATA-MODEL/OPTIMIZER` becomes one file of that name, and so does an arm of an ablation.
     Seeds of one configuration that were trained apart, in folders of these names, are joined,
     and so are those that are kept already.
     Studies are copied with their pictures.
@@ -171,12 +171,24 @@ def tested(folders: Iterable[str | Path]) -> Iterator[tuple[Path, Records]]:
 
 
 def _thin(record: dict[str, Any]) -> dict[str, Any] | None:
-    if "test" in record["kind"] or record["kind"] == "bucket":
+    if "test" in record["kind"]:
         data = record["data"]
         return record | {"data": data | {"source": Path(data["source"]).name}}
-    if record["epoch"] not in (1, 5, 10) and record["epoch"] % 20:
+    bucket = record["kind"] == "bucket"
+    if not bucket and record["epoch"] not in (1, 5, 10) and record["epoch"] % 20:
         return None
-    names = ("kind", "seed", "epoch", "seconds", "loss", *METRICS)
+    names = (
+        "kind",
+        "seed",
+        "epoch",
+        "seconds",
+        "loss",
+        "by",
+        "low",
+        "high",
+        "targets",
+        *METRICS,
+    )
     return {name: record[name] for name in names if name in record}
 
 
