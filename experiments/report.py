@@ -110,9 +110,8 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
     Tests stay whole, but for the folders that the data lay in; of the curves, epochs 1, 5, 10
     and every 20th stay. These and the buckets leave out the settings, which each test repeats.
     A run `DATA-MODEL/OPTIMIZER` becomes one file of that name, and so does an arm of an
-    ablation. Seeds of one configuration that were trained apart, in folders of these names, are joined,
-    and so are those that are kept already.
-    Studies are copied with their pictures.
+    ablation. Seeds of one configuration that were trained apart, in folders of these names,
+    are joined, and so are those that are kept already. Studies are copied with their pictures.
     """
     for path, _ in study.read(folders):
         target = Path(into) / path.parent.name
