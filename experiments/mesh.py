@@ -5,7 +5,8 @@ of all tables of items, with their moments; everything else lies whole on every 
 said where is left to JAX: `shard_map` draws the batch and smooths, the compiler's partitioner
 does the rest. Of T slots of all streams and a table `[N, d]` on P devices, a step communicates
 
-- for psi, two all-to-alls of N d / P numbers, see `sevo_jax.sharding`;
+- for psi, two all-to-alls of N d / P numbers, see `sevo_jax.sharding`; over users and items
+  together, whose stacked table is not split as the items' is, it is brought there and back;
 - for the look-up, an all-gather of the T ids and an all-reduce of the rows that they name,
   which is `[T, d]` for each use of the table (an input, a target, a negative);
 - for their gradient, an all-gather of as much;
@@ -34,7 +35,7 @@ from experiments.batching import TrainData
 from experiments.config import Config
 from experiments.objectives import Objective
 from experiments.ranking import Histories, RankingData
-from experiments.training import Params, Trainer, round_up
+from experiments.training import Params, Trainer
 from models.losses import weighted_mean
 from sevo_jax import item_graph
 from sevo_jax.sharding import Sharded, row_shardings, shard_adjacency
@@ -69,11 +70,6 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
         raise ValueError(
             f"`streams` must be a multiple of the {mesh.size} devices of the mesh, got "
             f"{config.streams}."
-        )
-    if config.graph not in ("items", "attributes"):
-        raise ValueError(
-            '`graph` must be "items" or "attributes" on a mesh, which splits tables of items '
-            f"by rows; got {config.graph!r}."
         )
     if config.distil != "none":
         raise ValueError(f"`distil` does not run on a mesh yet, got {config.distil!r}.")
@@ -138,9 +134,13 @@ class Streams:
         return self.objective.scorer(module, num_slots, context)
 
 
-def split_graph(graph: Any, mesh: Mesh) -> Sharded:
-    """Shards a `GraphsTuple`, with isolated nodes at its end until the devices divide them."""
-    num_nodes = round_up(int(np.sum(graph.n_node)), mesh.size)
+def split_graph(graph: Any, num_rows: int, mesh: Mesh) -> Sharded:
+    """Shards a `GraphsTuple` whose last nodes are the `num_rows` rows of the tables of items.
+
+    Isolated nodes follow until the devices divide these; users before them stay as they are.
+    """
+    num_free = -num_rows % mesh.size
+    num_nodes = int(np.sum(graph.n_node)) + num_free
     return shard_adjacency(graph._replace(n_node=np.array([num_nodes])), mesh)
 
 
@@ -184,14 +184,17 @@ class MeshTrainer(Trainer):
         context: Any = None,
         touched: bool = False,
     ):
-        def fill(leaf: jax.Array) -> jax.Array:
-            if leaf.shape[:1] != (num_rows,):
+        def fill(path: Any, leaf: jax.Array) -> jax.Array:
+            # There may be as many users as items.
+            of_users = "user" in jax.tree_util.keystr(path)
+            if of_users or leaf.shape[:1] != (num_rows,):
                 return leaf
             return jnp.pad(leaf, [(0, -num_rows % mesh.size)] + [(0, 0)] * (leaf.ndim - 1))
 
         def build_filled(rngs: nnx.Rngs) -> Any:
             module = build(rngs)
-            nnx.update(module, jax.tree.map(fill, nnx.state(module, nnx.Param)))
+            params = nnx.state(module, nnx.Param)
+            nnx.update(module, jax.tree.map_with_path(fill, params))
             return module
 
         module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
@@ -202,7 +205,7 @@ class MeshTrainer(Trainer):
             build_filled, optimizer, objective, graph, data, batch_size, context, touched
         )
         # A graph without edges tells where rows belong, whatever the optimizer has.
-        rows = split_graph(item_graph([], num_rows), mesh)
+        rows = split_graph(item_graph([], num_rows), num_rows, mesh)
         keys = jax.ShapeDtypeStruct((1,), jax.random.key(0).dtype)
         places = row_shardings(jax.eval_shape(self.init, keys), rows)
         init = self.init

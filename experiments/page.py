@@ -18,7 +18,7 @@ from experiments import study
 from experiments.comparisons import Comparison, Missing, compare, gather, missing
 from experiments.figures import curves
 from experiments.markup import made_by, table_html
-from experiments.published import CURVES, published
+from experiments.published import official_curve, published
 from experiments.report import SEEDS, tested
 from experiments.tables import (
     Records,
@@ -29,7 +29,6 @@ from experiments.tables import (
     command_of,
     config_of,
     curves_table,
-    data_of,
     described,
     gain,
     name_of,
@@ -230,11 +229,8 @@ def _figures(title: str, runs: list[Records], command: str) -> str:
     if len(runs) > MAX_CURVES:  # the presets first
         usual = [run for run in runs if not overrides(run)]
         shown = (usual + [run for run in runs if run not in usual])[:MAX_CURVES]
-    official = {}
-    for run in shown:
-        config, data = config_of(run), data_of(run)
-        if config.optimizer == "sevo_adamw" and published(config, described(run)):
-            official = CURVES.get((config.model, data), {})
+    known = (official_curve(config_of(run), described(run)) for run in shown)
+    official = next(filter(None, known), {})
     losses = {epoch: (loss, loss) for epoch, (loss, _, _) in official.items()}
     valid = {e: (low, high) for e, (_, low, high) in official.items() if low and high}
     named = [(name_of(run), run) for run in shown]

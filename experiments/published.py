@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from experiments.config import Config, preset
 
@@ -148,7 +148,8 @@ _ADAM = {
 
 # The official code's five runs of SEvo-AdamW at some epochs: mean training loss, and the
 # lowest and highest validation NDCG@10 (no validation after the first epoch).
-CURVES: dict[tuple[str, str], dict[int, tuple[float, float | None, float | None]]] = {
+Curve: TypeAlias = dict[int, tuple[float, float | None, float | None]]
+CURVES: dict[tuple[str, str], Curve] = {
     ("gru4rec", "amazon_beauty"): {
         1: (0.5563, None, None),
         5: (0.3580, 0.0123, 0.0134),
@@ -310,6 +311,58 @@ CURVES: dict[tuple[str, str], dict[int, tuple[float, float | None, float | None]
     },
 }
 
+# The same of MF-BPR over users and items together.
+_CURVES_USERS_ITEMS: dict[tuple[str, str], Curve] = {
+    ("mf", "amazon_beauty"): {
+        1: (0.6916, None, None),
+        5: (0.2474, 0.0262, 0.0275),
+        10: (0.0707, 0.0287, 0.0296),
+        20: (0.0323, 0.0309, 0.0314),
+        40: (0.0193, 0.0326, 0.0334),
+        100: (0.0121, 0.0339, 0.0359),
+        200: (0.0083, 0.0354, 0.0369),
+        300: (0.0066, 0.0371, 0.0379),
+        500: (0.0049, 0.0378, 0.0386),
+        1000: (0.0036, 0.0380, 0.0389),
+    },
+    ("mf", "amazon_toys"): {
+        1: (0.6922, None, None),
+        5: (0.3031, 0.0270, 0.0286),
+        10: (0.0571, 0.0295, 0.0308),
+        20: (0.0241, 0.0313, 0.0325),
+        40: (0.0142, 0.0336, 0.0342),
+        100: (0.0088, 0.0360, 0.0368),
+        200: (0.0062, 0.0384, 0.0388),
+        300: (0.0050, 0.0392, 0.0402),
+        500: (0.0034, 0.0398, 0.0410),
+        1000: (0.0022, 0.0415, 0.0423),
+    },
+    ("mf", "amazon_tools"): {
+        1: (0.6927, None, None),
+        5: (0.4623, 0.0183, 0.0206),
+        10: (0.1195, 0.0213, 0.0224),
+        20: (0.0553, 0.0221, 0.0235),
+        40: (0.0442, 0.0228, 0.0244),
+        100: (0.0374, 0.0254, 0.0259),
+        200: (0.0325, 0.0267, 0.0278),
+        300: (0.0293, 0.0274, 0.0286),
+        500: (0.0256, 0.0279, 0.0296),
+        1000: (0.0216, 0.0282, 0.0293),
+    },
+    ("mf", "movielens_1m"): {
+        1: (0.4333, None, None),
+        5: (0.2674, 0.0240, 0.0247),
+        10: (0.2051, 0.0281, 0.0291),
+        20: (0.1544, 0.0343, 0.0350),
+        40: (0.1189, 0.0369, 0.0388),
+        100: (0.0885, 0.0425, 0.0435),
+        200: (0.0781, 0.0422, 0.0458),
+        300: (0.0760, 0.0440, 0.0451),
+        500: (0.0750, 0.0428, 0.0446),
+        1000: (0.0743, 0.0437, 0.0453),
+    },
+}
+
 
 # Items, and interactions to train on, of the data that the published numbers are of.
 _SIZES = {
@@ -348,6 +401,14 @@ def published(
     if config.optimizer == "adam" and key in _ADAM:
         return {name: (mean, None) for name, mean in zip(_NAMES, _ADAM[key], strict=True)}
     return None
+
+
+def official_curve(config: Config, data: Mapping[str, Any]) -> Curve:
+    """What the official logs have along a run that `published` has SEvo-AdamW's metrics of."""
+    if config.optimizer != "sevo_adamw" or not published(config, data):
+        return {}
+    curves = _CURVES_USERS_ITEMS if config.graph == "users_items" else CURVES
+    return curves.get((config.model, data["name"]), {})
 
 
 # Table 5, by arm of the ablation `distillation`: SASRec on Beauty, means of five runs.

@@ -122,6 +122,7 @@ def make_trainer(
         check_mesh(config, mesh)
     split = split.with_train_users(config.train_users)
     dataset, backbone = split.dataset, BACKBONES[config.model]
+    num_rows = dataset.num_items + backbone.module.num_special
     data = training_data(
         split.train, dataset.num_items, max_length=config.max_length, windows=config.windows
     )
@@ -134,7 +135,7 @@ def make_trainer(
         graph = make_graph(config, split) if graph is None else graph
         if mesh is None or config.smooth_start:  # what begins smoothed is not split yet
             whole = prepare(graph)
-        graph = whole if mesh is None else split_graph(graph, mesh)
+        graph = whole if mesh is None else split_graph(graph, num_rows, mesh)
     objective = backbone.objective(dataset.num_items, config)
     context = None
     if config.model == "lightgcn":
@@ -147,7 +148,6 @@ def make_trainer(
     if config.streams > 1 or mesh is not None:
         objective = Streams(objective, config.streams, mesh)
     if mesh is not None:
-        num_rows = dataset.num_items + backbone.module.num_special
         make = functools.partial(MeshTrainer, mesh, num_rows)
     batch_size = windows_per_step(config, data)
     order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))

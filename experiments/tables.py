@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.config import SEVO_NEEDED, Config, preset
-from experiments.published import CURVES, published, published_arm
+from experiments.published import official_curve, published, published_arm
 from experiments.ranking import METRICS
 from experiments.statistics import relative_gain, spread
 
@@ -107,10 +107,7 @@ def curves_table(runs: Iterable[Records]) -> Table:
     rows = []
     for run in runs:
         config, data = config_of(run), data_of(run)
-        known = published(config, described(run))
-        official = CURVES.get((config.model, data), {}) if known else {}
-        if config.optimizer != "sevo_adamw":
-            official = {}
+        official = official_curve(config, described(run))
         losses, valid = by_epoch(run, "epoch", "loss"), by_epoch(run, "valid", "NDCG@10")
         for epoch in (1, 5, 10, 20, 40, 100, 200, 300, 500, 1000):
             if epoch not in losses:

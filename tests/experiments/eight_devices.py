@@ -41,6 +41,7 @@ OTHERS = {
     "gru4rec": replace(SASREC, model="gru4rec", windows="prefixes"),
     "bsarec": replace(SASREC, model="bsarec", attention_dropout_rate=0.5, smooth_start=0.9),
     "lightgcn": replace(MF, model="lightgcn"),
+    "users and items": replace(MF, graph="users_items", beta=0.9),
     "cross entropy": replace(SASREC, loss="cross_entropy", cosine_scale=20.0),
     "sampled soft-max": replace(
         SASREC, loss="sampled_softmax", num_negatives=16, smooth_every=2
@@ -101,6 +102,7 @@ def _slow(*names: str) -> list[Any]:
         *_slow(
             "gru4rec", "bsarec", "lightgcn", "cross entropy", "sampled soft-max", "attributes"
         ),
+        "users and items",
     ],
 )
 def test_other_settings_equal_one_device(name):
@@ -117,11 +119,6 @@ def test_other_settings_equal_one_device(name):
         (SASREC, 9, "`mesh` must be from 1 to the 8 devices, got 9"),
         (SASREC, 0, "`mesh` must be from 1 to the 8 devices, got 0"),
         (SASREC, 5, "`streams` must be a multiple of the 5 devices of the mesh, got 8"),
-        (
-            replace(MF, graph="users_items"),
-            1,
-            '`graph` must be "items" or "attributes" on a mesh',
-        ),
     ],
 )
 def test_bad_input(config, devices, message):

@@ -23,7 +23,7 @@ from experiments import cli, main_job, records, run
 from experiments.backbones import BACKBONES
 from experiments.config import PRESETS, Config, preset
 from experiments.dataset import Dataset, leave_one_out
-from experiments.published import published
+from experiments.published import official_curve, published
 from experiments.ranking import METRICS
 from experiments.recommend import top_items
 from experiments.run import fit, make_trainer
@@ -442,6 +442,11 @@ def test_presets_are_valid_and_published_numbers_need_them():
     assert known is not None and known["NDCG@10"] == (0.02326, 0.00011)
     assert published(replace(pairs, beta=0.9), BEAUTY) is None
     assert published(replace(pairs, optimizer="adamw"), BEAUTY) is None
+    items = preset("mf", "amazon_beauty", "sevo_adamw")
+    losses = [official_curve(config, BEAUTY)[5][0] for config in (pairs, items)]
+    assert losses == [0.2474, 0.5232]
+    assert official_curve(replace(items, optimizer="adam"), BEAUTY) == {}
+    assert official_curve(replace(items, beta=0.5), BEAUTY) == {}
 
 
 @pytest.mark.parametrize(
