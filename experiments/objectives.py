@@ -165,7 +165,9 @@ class NextItem:
         def scores_of(histories: Histories) -> jax.Array:
             stream, rows = histories.pack(num_slots, module.num_special)
             states = module.packed(module.embed(rows), stream)
-            newest = jax.tree.map(operator.itemgetter(stream.last), states)
+            # Without a history there is no newest item, and another user's is none of theirs.
+            known = (histories.lengths > 0)[:, None]
+            newest = jax.tree.map(lambda x: jnp.where(known, x[stream.last], 0), states)
             return module.score_all(newest, items)
 
         return scores_of
@@ -299,7 +301,8 @@ class UserItem:
         return losses.bpr(positive, negative[:, None], batch.weights)
 
     def rows(self, batch: Pairs) -> jax.Array:
-        return batch.positives
+        # Free places hold a pair, too; no table has this row.
+        return jnp.where(batch.weights > 0, batch.positives, jnp.iinfo(jnp.int32).max)
 
     def scorer(
         self, module: Any, num_slots: int, context: Any

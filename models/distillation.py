@@ -106,7 +106,9 @@ def dkd(
             target = jnp.where(hit, side, 0).sum(axis=1)
             rest = jax.nn.logsumexp(jnp.where(hit, -jnp.inf, side), axis=1)
             total = jnp.logaddexp(target, rest)
-            sides.append((target - total, rest - total, side - rest[:, None]))
+            # Not only its sum leaves out the target: its exponential may be infinite.
+            others = jnp.where(hit, 0, side - rest[:, None])
+            sides.append((target - total, rest - total, others))
         (sure, unsure, others), (own_sure, own_unsure, own_others) = sides
         of_target = jnp.exp(sure) * (sure - own_sure) + jnp.exp(unsure) * (unsure - own_unsure)
         of_others = jnp.where(hit, 0, jnp.exp(others) * (others - own_others)).sum(axis=1)

@@ -12,6 +12,7 @@ from models.layers import (
     Window,
     attend,
     attention_weights,
+    check_padded,
     dropout,
     packed_positions,
     split_heads,
@@ -44,6 +45,7 @@ class Encoder:
         Returns:
           `[B, max_length, dim]`; padding slots hold arbitrary finite values.
         """
+        check_padded(items, self.max_length)
         used = items > 0
         # Without gradient to the padding row, whatever a loss makes of padding slots.
         embedded = jnp.where(used[..., None], self.embed(items), 0)

@@ -58,6 +58,15 @@ def check_heads(dim: int, num_heads: int) -> None:
         raise ValueError(f"`dim` must be a multiple of `num_heads`, got {dim}, {num_heads}.")
 
 
+def check_padded(items: jax.Array, max_length: int) -> None:
+    """Refuses a batch whose rows would be spread over, or not fit, the learned positions."""
+    if items.shape[-1] != max_length:
+        raise ValueError(
+            f"`items` must have the shape [B, max_length={max_length}], filled up with 0 on "
+            f"the left, got {items.shape}."
+        )
+
+
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
     """`[..., D]` to `[..., heads, D / heads]`."""
     return x.reshape(*x.shape[:-1], num_heads, -1)

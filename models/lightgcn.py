@@ -6,7 +6,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import jraph
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.nn.initializers import normal
 
 from models.scoring import DotProduct
@@ -69,19 +71,33 @@ class LightGCN(DotProduct, nnx.Module):
         Args:
           graph: nodes are the users, then the items; both directions of an edge are stored.
             Its weights may be counts: whatever is positive is one edge, as in the paper, and
-            an edge of weight 0 is padding. It is normalised here. Or an operator that holds
-            the normalised adjacency already, in a form that multiplies fast.
+            an edge of weight 0 is padding. No edge is stored twice. It is normalised here.
+            Or an operator that holds the normalised adjacency already, in a form that
+            multiplies fast.
         """
         table = jnp.concatenate(
             [self.user_embedding.embedding[...], self.item_embedding.embedding[...]]
         )
+        num_nodes = self._num_nodes(graph)
+        if num_nodes is not None and num_nodes != len(table):
+            raise ValueError(
+                f"`graph` must have {len(table)} nodes, the users and then the items, got "
+                f"{num_nodes}."
+            )
         if not isinstance(graph, jraph.GraphsTuple):
             share = jnp.full((self.num_layers + 1, 1, 1), 1 / (self.num_layers + 1))
             mean = graph.polynomial(share.astype(table.dtype), table)
         else:
-            mean = self._mean_of_layers(_normalized(graph, len(table)), table)
+            mean = self._mean_of_layers(_normalized(graph, len(table), table.dtype), table)
         users, items = jnp.split(mean, [self.num_users])
         return users, items
+
+    @staticmethod
+    def _num_nodes(graph: Any) -> int | None:
+        """None if they are traced."""
+        if not isinstance(graph, jraph.GraphsTuple):
+            return getattr(graph, "num_nodes", None)
+        return None if isinstance(graph.n_node, Tracer) else int(np.sum(graph.n_node))
 
     def _mean_of_layers(self, normalized: Any, table: jax.Array) -> jax.Array:
         layer = total = table
@@ -92,9 +108,9 @@ class LightGCN(DotProduct, nnx.Module):
         return total / (self.num_layers + 1)
 
 
-def _normalized(graph: Any, num_nodes: int) -> jraph.GraphsTuple:
+def _normalized(graph: Any, num_nodes: int, dtype: Any) -> jraph.GraphsTuple:
     """The graph with edges 1 / sqrt(d_i d_j), where d_i is how many neighbours node i has."""
-    present = (jnp.asarray(graph.edges) > 0).astype(float)
+    present = (jnp.asarray(graph.edges) > 0).astype(dtype)
     degree = jraph.segment_sum(present, graph.receivers, num_nodes)
     scale = jax.lax.rsqrt(jnp.maximum(degree, 1))  # nodes without an edge send nothing
     return graph._replace(edges=present * scale[graph.receivers] * scale[graph.senders])

@@ -65,7 +65,8 @@ def bpr(positive: jax.Array, negative: jax.Array, weights: jax.Array) -> jax.Arr
     Each pair is one draw of the same objective, so more negatives change the variance alone.
     Arguments as for `bce`; scores of 0 give ln 2.
     """
-    margin = _per_negative(positive, negative) - positive[:, None]
+    positive, negative = _used(positive, negative, weights)
+    margin = negative - positive[:, None]
     return weighted_mean(jax.nn.softplus(margin).mean(axis=1), weights)
 
 
@@ -177,6 +178,7 @@ def mean_in_chunks(
       weights: `[T]`.
       chunk_size: C, slots at a time.
     """
+    _check_shape("weights", weights, (len(jax.tree.leaves(slots)[0]),))
     used = weights > 0
     pieces = ((slots, jnp.where(used, weights, 0)), fixed)
     # No infinite score, which times a weight of 0 would be NaN.
@@ -195,6 +197,7 @@ def mean_in_chunks(
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     """Mean of `values` `[T]` under `weights` `[T]`; 0 where no weight is positive."""
+    _check_shape("weights", weights, values.shape)
     total = weights.sum()
     values = jnp.where(weights > 0, values, 0)  # an unused slot never reaches the result
     return (values * weights).sum() / jnp.where(total > 0, total, 1)
@@ -203,13 +206,32 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
 def _binary(
     positive: jax.Array, negative: jax.Array, weights: jax.Array, power: float
 ) -> jax.Array:
-    of_negatives = jax.nn.softplus(_per_negative(positive, negative)).sum(axis=1)
+    positive, negative = _used(positive, negative, weights)
+    of_negatives = jax.nn.softplus(negative).sum(axis=1)
     return weighted_mean(power * jax.nn.softplus(-positive) + of_negatives, weights)
 
 
 def _per_negative(positive: jax.Array, negative: jax.Array) -> jax.Array:
     """`[T, n]` of what may be `[T]`."""
-    return negative.reshape(*positive.shape, -1)
+    if negative.shape == positive.shape:
+        negative = negative[:, None]
+    _check_shape("negative", negative, (*positive.shape, *negative.shape[1:2]))
+    return negative
+
+
+def _used(
+    positive: jax.Array, negative: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Scores `[T]` and `[T, n]`, 0 where the weight is: else a gradient may be NaN there."""
+    _check_shape("weights", weights, positive.shape)
+    used = weights > 0
+    negative = jnp.where(used[:, None], _per_negative(positive, negative), 0)
+    return jnp.where(used, positive, 0), negative
+
+
+def _check_shape(name: str, x: jax.Array, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"`{name}` must have the shape {shape} of the slots, got {x.shape}.")
 
 
 def _like(used: jax.Array, x: jax.Array) -> jax.Array:
@@ -258,8 +280,12 @@ def _sum_and_gradients(loss: Callable[..., jax.Array], shared: Any, chunks: Any,
         # Differentiating a `cond` inside `loss` instead was measured to be slower than none.
         return jax.lax.cond(used, add, skip, total)
 
-    start = jax.tree.map(jnp.zeros_like, shared)
+    def zeros(x: jax.Array) -> jax.Array:  # sums of many chunks, too long for half precision
+        return jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+    start = jax.tree.map(zeros, shared)
     of_shared, (values, of_chunks) = jax.lax.scan(step, start, (chunks, rest))
+    of_shared = jax.tree.map(lambda total, x: total.astype(x.dtype), of_shared, shared)
     return values.sum(), (of_shared, of_chunks)
 
 

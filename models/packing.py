@@ -28,7 +28,8 @@ class Packed(NamedTuple):
 
     @property
     def last(self) -> jax.Array:
-        """The slot of each sequence's newest item, int32 `[B]`; 0 for an empty first one."""
+        """The slot of each sequence's newest item, int32 `[B]`; of an empty one, which has
+        none, that of the sequence before it, or 0."""
         return jnp.maximum(jnp.cumsum(self.lengths) - 1, 0)
 
     def num_padding(self, max_length: int) -> jax.Array:

@@ -153,7 +153,7 @@ def _backward(kept: tuple, gradient: jax.Array):
     )
     _, gate_grads, to_inputs = jax.lax.fori_loop(0, count, step, start)
     to_weights = jnp.einsum("krh,krg->hg", before, gate_grads)
-    return to_weights, to_inputs, None
+    return to_weights.astype(weights.dtype), to_inputs, None
 
 
 _recurrence.defvjp(_forward, _backward)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from models.layers import (
     check_heads,
+    check_padded,
     dropout,
     layer_norm,
     packed_causal_attention,
@@ -82,6 +83,7 @@ class SASRec(DotProduct, nnx.Module):
         Returns:
           `[B, max_length, dim]`; slot t is the state after the items up to t.
         """
+        check_padded(items, self.max_length)
         used = (items > 0)[..., None]
         mask = used[..., 0] if self.mask_padding else None
 

@@ -13,6 +13,7 @@ from models.layers import (
     attend,
     attention_weights,
     check_heads,
+    check_padded,
     dropout,
     layer_norm,
     packed_positions,
@@ -88,6 +89,7 @@ class STOSA(nnx.Module):
           Mean and covariance `[B, max_length, dim]`; slot t is the state after the items up
           to t, and padding slots hold arbitrary finite values.
         """
+        check_padded(items, self.max_length)
         used = items > 0
         # Without gradient to the padding row, whatever a loss makes of padding slots.
         mean, covariance = (jnp.where(used[..., None], x, 0) for x in self.embed(items))

@@ -11,7 +11,7 @@ from experiments.backbones import user_item_graph
 from experiments.batching import training_data
 from experiments.dataset import Dataset, Evaluation, leave_one_out
 from experiments.objectives import MaskedItem, NextItem, UserItem
-from experiments.ranking import collect, ranking_data
+from experiments.ranking import Histories, collect, ranking_data
 from experiments.training import Trainer
 from models import MF, STOSA, BERT4Rec, LightGCN, SASRec
 from tests.models.toys import padded, random_params
@@ -157,6 +157,21 @@ def test_stosa_ranks_by_distance():
     )
 
 
+@pytest.mark.parametrize("make", [stosa, sasrec])
+def test_without_a_history_nobody_elses_ranks(make):
+    """A hand-made split may hold out a user's first item; the state before it is of no one."""
+    module, histories = make(), [[0, 3, 5], [], [2], []]
+    starts = np.cumsum([0, *map(len, histories)])[:-1]
+    values, lengths, users = (
+        jnp.asarray(x, jnp.int32)
+        for x in (np.concatenate(histories), [len(h) for h in histories], range(4))
+    )
+    scores_of = NextItem("bce", NUM_ITEMS).scorer(module, 8, None)
+    scores = scores_of(Histories(values, jnp.asarray(starts, jnp.int32), lengths, users))
+    np.testing.assert_array_equal(scores[1], scores[3])
+    assert np.abs(scores[0] - scores[1]).max() > 1e-3 < np.abs(scores[2] - scores[1]).max()
+
+
 def next_item_batch(objective):
     data = training_data(TRAIN, NUM_ITEMS, max_length=MAX_LENGTH)
     batch = objective.sample(KEY, data, jnp.arange(4), NUM_SLOTS)
@@ -235,6 +250,10 @@ def test_pairs_are_uniform():
         np.asarray, objective.sample(KEY, data, windows, 0)
     )
     assert weights[:-1].all() and not weights[-1]
+    rows = objective.rows(objective.sample(KEY, data, windows, 0))
+    touched = np.asarray(jnp.zeros(NUM_ITEMS, bool).at[rows[-1:]].set(True))
+    assert not touched.any()
+    np.testing.assert_array_equal(rows[:-1], positives[:-1])
     for user, sequence in enumerate(SEQUENCES):
         seen, unseen = sorted(set(sequence)), sorted(set(range(NUM_ITEMS)) - set(sequence))
         mine = users[:-1] == user
@@ -274,7 +293,7 @@ def test_user_item_models_rank_and_train_by_pairs(kind, graph):
     np.testing.assert_array_equal(above, better(users[:3] @ items.T))
     data = training_data(TRAIN, NUM_ITEMS, max_length=MAX_LENGTH, windows="users")
     batch = objective.sample(KEY, data, jnp.array([0, 3, 3, 4]), 0)
-    np.testing.assert_array_equal(objective.rows(batch), batch.positives)
+    np.testing.assert_array_equal(objective.rows(batch)[:3], batch.positives[:3])
     u, p, n = (np.asarray(x)[:3] for x in batch[:3])
     margin = (users[u] * (items[n] - items[p])).sum(axis=1)
     loss = objective.loss(module, batch, KEY, context)

@@ -102,6 +102,21 @@ def test_kd_is_dkd_with_the_teachers_weight():
         np.testing.assert_allclose(decoupled, coupled, rtol=1e-4, atol=1e-6)
 
 
+def test_dkd_of_a_teacher_that_is_sure():
+    """The exponential of what the target has over the others is no float32 any more."""
+    teacher = Scored(dot, 1000 * jnp.eye(NUM_SLOTS, NUM_ITEMS), jnp.eye(NUM_ITEMS))
+    targets = jnp.arange(NUM_SLOTS)
+
+    def loss(states):
+        student = Scored(dot, states, STUDENT[1])
+        return dkd(student, teacher, targets, jnp.ones(NUM_SLOTS))
+
+    value, slope = jax.value_and_grad(loss)(jnp.asarray(STUDENT[0]))
+    up, down = (loss(STUDENT[0] + step * np.eye(NUM_SLOTS, DIM)) for step in (0.01, -0.01))
+    assert np.isfinite(value)
+    np.testing.assert_allclose(jnp.trace(slope), (up - down) / 0.02, rtol=1e-2)
+
+
 def test_rkd_against_the_paper():
     drawn = [(draw(s, NUM_SLOTS, d), draw(s + 1, 3, NUM_SLOTS, d)) for s, d in ((0, 3), (5, 4))]
 

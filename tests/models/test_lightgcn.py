@@ -79,6 +79,16 @@ def test_propagation(dtype, atol, num_layers):
         np.testing.assert_allclose(users[3], own, rtol=1e-6)
 
 
+@pytest.mark.parametrize("more_users, more_items", [(1, 0), (0, -1)])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_graph_of_another_size_is_refused(more_users, more_items, prepared):
+    module = LightGCN(NUM_ITEMS, NUM_USERS, dim=DIM, rngs=nnx.Rngs(0))
+    graph: Any = bipartite_graph([0], [0], NUM_USERS + more_users, NUM_ITEMS + more_items)
+    graph = normalized_adjacency(graph) if prepared else graph
+    with pytest.raises(ValueError, match="`graph` must have [0-9]+ nodes, the users and then"):
+        module.propagate(graph)
+
+
 @pytest.mark.parametrize("layout", ["edges", "rows", "dense"])
 def test_a_prepared_adjacency_propagates_alike(layout):
     module = build(num_layers=3)

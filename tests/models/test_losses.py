@@ -12,6 +12,8 @@ import pytest
 
 from models.losses import (
     LOSSES,
+    bce,
+    bpr,
     cross_entropy,
     gbce,
     sampled_softmax,
@@ -398,6 +400,49 @@ def test_cross_entropy_never_holds_all_scores():
     assert f"{chunk_size}x{num_items}x" in text
     if jax.default_backend() == "cpu":  # elsewhere the products take room of their own
         assert plain_memory > 4 * num_slots * num_items > 5 * memory
+
+
+@pytest.mark.parametrize("loss", [bce, bpr])
+def test_a_score_that_does_not_count_has_no_gradient(loss):
+    weights = jnp.array([1.0, 0.0])
+    for bad in (jnp.nan, jnp.inf):
+        positive, negative = jnp.array([1.0, bad]), jnp.array([[0.1, 0.3], [bad, 0.2]])
+        slopes = jax.grad(loss, (0, 1))(positive, negative, weights)
+        expected = jax.grad(loss, (0, 1))(positive[:1], negative[:1], weights[:1])
+        for slope, of_one in zip(slopes, expected, strict=True):
+            np.testing.assert_allclose(slope[:1], of_one, rtol=1e-6)
+            assert not slope[1:].any()
+
+
+@pytest.mark.parametrize("loss", [bce, bpr])
+def test_scores_and_weights_of_other_slots_are_refused(loss):
+    positive, negative, weights = jnp.arange(4.0), jnp.ones((4, 2)), jnp.ones(4)
+    with pytest.raises(ValueError, match=r"`negative` must have the shape \(4, 4\) of the"):
+        loss(positive, negative.T, weights)
+    with pytest.raises(ValueError, match=r"`weights` must have the shape \(4,\) of the slots"):
+        loss(positive, negative, weights[:, None])
+    with pytest.raises(ValueError, match=r"`weights` must have the shape \(4,\) of the slots"):
+        cross_entropy(dot, positive[:, None], jnp.ones((3, 1)), positive, weights[:, None])
+
+
+def test_cross_entropy_sums_the_gradient_of_a_narrow_table_in_float32():
+    """In bfloat16 the sum over the chunks would lose more than the table's own rounding."""
+    rng = np.random.default_rng(0)
+    states, items = (jnp.asarray(rng.normal(size=(n, 8)), jnp.bfloat16) for n in (4000, 20))
+
+    def slope(dtype, chunk_size):
+        wide = states.astype(dtype), items.astype(dtype)
+
+        def loss(items):
+            positive = (wide[0] * items[0]).sum(axis=1)
+            form = functools.partial(cross_entropy, chunk_size=chunk_size)
+            return form(dot, wide[0], items, positive, jnp.ones(4000, dtype))
+
+        return np.asarray(jax.grad(loss)(wide[1]), np.float32)
+
+    expected = slope(jnp.float32, 4000)
+    many, one = (np.linalg.norm(slope(jnp.bfloat16, n) - expected) for n in (32, 4000))
+    assert many < 2 * one
 
 
 @pytest.mark.parametrize("label_smoothing", [-0.1, 1.0])

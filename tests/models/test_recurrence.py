@@ -68,6 +68,19 @@ def test_equals_padded(lengths, backend, spare_slots, monkeypatch, x64):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_gradients_have_the_types_of_their_arguments(backend, monkeypatch):
+    monkeypatch.setattr(recurrence.jax, "default_backend", lambda: backend)
+    weights, inputs, stream = case(LENGTHS["some empty"], 2)
+    weights, inputs = weights.astype(jnp.bfloat16), inputs.astype(jnp.float32)
+
+    def loss(weights, inputs):
+        return packed_gru(weights, inputs, stream, MAX_LENGTH).sum()
+
+    of_weights, of_inputs = jax.eval_shape(jax.grad(loss, (0, 1)), weights, inputs)
+    assert (of_weights.dtype, of_inputs.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_runs_under_vmap_over_weights(backend, monkeypatch, x64):
     monkeypatch.setattr(recurrence.jax, "default_backend", lambda: backend)
     weights, inputs, stream = case(LENGTHS["some empty"], 2)
