@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from scipy import stats
 
+from models import STOSA, BERT4Rec, BSARec, SASRec
 from models.layers import (
     _binomial_cdf,
     binomial,
@@ -290,3 +292,12 @@ def test_masked_padding_takes_no_part_in_dropout():
     assert kept.any() and not kept.all()
     doubled = np.broadcast_to(2 * np.asarray(problem.qkv[2]), outputs.shape)
     np.testing.assert_allclose(outputs[kept], doubled[kept], rtol=1e-6)
+
+
+@pytest.mark.parametrize("model", [SASRec, BERT4Rec, STOSA, BSARec])
+def test_a_batch_of_another_length_is_refused(model):
+    """One column would be spread over all positions."""
+    module = model(9, dim=4, num_heads=1, max_length=6, rngs=nnx.Rngs(0))
+    for width in (1, 7):
+        with pytest.raises(ValueError, match=r"`items` must have the shape \[B, max_length=6\]"):
+            module(jnp.ones((2, width), jnp.int32))
