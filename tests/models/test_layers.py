@@ -299,5 +299,5 @@ def test_a_batch_of_another_length_is_refused(model):
     """One column would be spread over all positions."""
     module = model(9, dim=4, num_heads=1, max_length=6, rngs=nnx.Rngs(0))
     for width in (1, 7):
-        with pytest.raises(ValueError, match=r"`items` must have the shape \[B, max_length=6\]"):
+        with pytest.raises(ValueError, match="`items` must have the shape .*max_length=6"):
             module(jnp.ones((2, width), jnp.int32))
