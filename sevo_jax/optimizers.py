@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sevo_jax.adjacency import Graph, normalized_adjacency
@@ -311,7 +312,9 @@ def _add_decayed_weights(
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         decayed, state = decay.update(updates, state, params)
-        return jax.tree.map(lambda u, new: new.astype(u.dtype), updates, decayed), state
+        # They may be Python numbers.
+        keep = lambda u, new: jnp.asarray(new, jnp.result_type(u))  # noqa: E731
+        return jax.tree.map(keep, updates, decayed), state
 
     return optax.GradientTransformation(decay.init, update_fn)
 

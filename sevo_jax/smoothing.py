@@ -83,9 +83,8 @@ def smooth(
             f"`smooth` takes `beta` as a scalar or of shape [d={x.shape[1]}], but got "
             f"{jnp.shape(beta)}."
         )
-    if jnp.result_type(beta).itemsize < 4 and jnp.issubdtype(
-        jnp.result_type(beta), jnp.floating
-    ):
+    kind = jnp.result_type(beta)
+    if kind.itemsize < 4 and jnp.issubdtype(kind, jnp.floating):
         beta = jnp.asarray(beta, jnp.float32)  # in half precision they would not sum to one
     if method == "exact":
         y = adjacency.columnwise(_solve, jnp.asarray(beta, wide.dtype).reshape(1, -1), wide)

@@ -281,7 +281,8 @@ def scale_by_corrected_adam(
 
         def direction(g: jax.Array, m: jax.Array, v: jax.Array, p: jax.Array) -> jax.Array:
             # As in Optax, a gradient in half precision does not narrow the step of its table.
-            return (m / (jnp.sqrt(v) + eps)).astype(jnp.promote_types(g.dtype, p.dtype))
+            dtype = jnp.promote_types(g.dtype, jnp.result_type(p))
+            return (m / (jnp.sqrt(v) + eps)).astype(dtype)
 
         mu = jax.tree.map(first, updates, state.mu, rows)
         nu = jax.tree.map(second, updates, state.nu, rows)

@@ -211,6 +211,19 @@ def test_moments_of_python_numbers():
     grads = jax.grad(lambda params: 2 * params["a"])({"a": 1.0})
     updates, _ = solver.update(grads, solver.init({"a": 1.0}))
     np.testing.assert_allclose(updates["a"], 1.0, rtol=1e-6)
+    updates, _ = solver.update(grads, solver.init({"a": 1.0}), {"a": 1.0})
+    np.testing.assert_allclose(updates["a"], 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("alias", [sevo_jax.sevo_adam, sevo_jax.sevo_sgd])
+def test_parameters_and_gradients_may_be_python_numbers(alias):
+    solver = alias(0.1, random_graph(), tables="item", weight_decay=0.5)
+    params = {"item": jnp.ones((20, 2)), "scale": 2.0}
+    numbers, arrays = (
+        solver.update(params | {"scale": scale}, solver.init(params), params)[0]["scale"]
+        for scale in (0.25, jnp.float32(0.25))
+    )
+    np.testing.assert_array_equal(numbers, arrays)
 
 
 def test_placements_differ():
