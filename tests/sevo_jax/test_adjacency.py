@@ -424,7 +424,7 @@ def test_compiled_rows_of_any_width(num_layers, d, library):
 @needs_compiler
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_compiled_rows_of_a_large_table(num_layers, library):
-    """Of 16 MiB and more the first layer reads a copy."""
+    """Of 16 MiB and more the first layer reads a copy, and AMD asks for rows further ahead."""
     graph, x = random_graph(), _table(20, 220_001)
     adjacency = sevo_jax.normalized_adjacency(graph, layout="compiled")
     table = jnp.asarray(x, jnp.float32)
