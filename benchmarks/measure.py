@@ -37,12 +37,15 @@ def turns(
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
     least: float = 0.05,
+    rest: float = 0.3,
 ) -> dict[str, dict[str, float]]:
     """Seconds of a call of each function, taken in turns so that noise meets all alike.
 
     The first call of each, which compiles, does not count; the second tells how many calls
     make a turn of at least `least` seconds. An accelerator has the calls of a turn in its
-    queue; the clock stops when all are done.
+    queue; the clock stops when all are done. Between turns it rests for `rest` seconds: the
+    gigabytes that one function used go back to the system after its result is there, which
+    would keep a core busy in the next one's time.
 
     Returns:
       By name the `"median"` and the `"min"` over `repeats` turns.
@@ -65,6 +68,7 @@ def turns(
     taken = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            time.sleep(rest)
             taken[name].append(seconds(function, calls[name]))
     return {n: {"median": statistics.median(t), "min": min(t)} for n, t in taken.items()}
 
@@ -109,8 +113,15 @@ def cpu_name() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
+def machine(record: Mapping[str, Any]) -> str:
+    """What a record was measured on, in words: the accelerator, or else the processor."""
+    if "cpu" not in record["device"]:
+        return record["device"]
+    return f"{record['cpu']}, {record['cores']} cores"
+
+
 def keep(folder: Path, benchmark: str, size: str, repeats: int, values: Any) -> None:
-    """Keeps a record, in place of an older one of that benchmark, size and device."""
+    """Keeps a record, in place of an older one of that benchmark, size and machine."""
     made_on = records.environment()
     for package in ("jaxlib", "torch", "torch_geometric", "torch_sparse"):
         try:
@@ -129,9 +140,9 @@ def keep(folder: Path, benchmark: str, size: str, repeats: int, values: Any) -> 
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}.jsonl"
-    key = size, record["device"]
+    key = size, machine(record)
     held = records.read(path) if path.exists() else []
-    kept = [r for r in held if (r["size"], r["device"]) != key]
+    kept = [r for r in held if (r["size"], machine(r)) != key]
     lines = (json.dumps(r, sort_keys=True) + "\n" for r in [*kept, record])
     path.write_text("".join(lines), encoding="utf-8")
     print(f"{benchmark} {size}: {json.dumps(values)}", flush=True)

@@ -32,7 +32,7 @@ def test_turns_are_taken_and_the_first_call_does_not_count():
     # A first call, one to see how long it takes, and three turns: of one call, and of two.
     long = function("long", iter([99, 5, 4, 6, 8]))
     short = function("short", iter([99, 2, 1, 1, 3, 3, 2, 4]))
-    found = measure.turns({"long": long, "short": short}, 3, clock=lambda: now, least=4)
+    found = measure.turns({"long": long, "short": short}, 3, clock=lambda: now, least=4, rest=0)
     assert "".join(name[0] for name in calls) == "llss" + "lss" * 3
     assert found["long"] == {"median": 6, "min": 4}
     assert found["short"] == {"median": 3, "min": 1}
@@ -93,6 +93,11 @@ def test_a_record_replaces_that_of_its_size(tmp_path, monkeypatch):
     kept = [json.loads(s) for s in (tmp_path / "step.jsonl").read_text().splitlines()]
     assert [(r["size"], r["device"][:7]) for r in kept[2:]] == [("tiny", "1 gpu (")] * 2
     assert [r["device"] for r in kept] == [lines[0]["device"]] * 2 + ["1 gpu (X)", "1 gpu (Y)"]
+    monkeypatch.undo()
+    monkeypatch.setattr(measure, "cpu_name", lambda: "another processor")
+    measure.keep(tmp_path, "step", "beauty", 2, {"value": 4})
+    kept = [json.loads(s) for s in (tmp_path / "step.jsonl").read_text().splitlines()]
+    assert [r["value"] for r in kept if r["size"] == "beauty"] == [2, 4]
 
 
 def test_which_sizes_run():
@@ -174,12 +179,13 @@ def test_targets_of_a_gpu_are_judged_by_hand():
     text = page.text([*records, _record("epoch", "beauty", torch="no", arms={})])
     assert text.count("## On 1 gpu (X)") == 1 and "beauty 28.1 | yes" in text
     assert len(re.findall("- epoch, beauty", text)) == 2  # neither hides the other
+    assert text.count("## On a processor, 2 cores\n") == 1 == text.count("### 1 gpu (X)\n")
 
 
-def test_the_page_of_nothing_and_its_tables():
-    text = page.text([])
-    tables = [line.count("|") for line in text.splitlines() if line.startswith("|")]
-    assert len(set(tables)) == 1 and text.count("not measured") >= 18
+def test_nothing_is_measured_where_there_are_no_records():
+    assert "|" not in page.text([])
+    lines = page.targets({}) + page.gpu_targets({})
+    assert all(line[1:] == ["not measured", ""] for line in lines) and len(lines) >= 18
 
 
 @pytest.mark.parametrize("size", ["tiny"])
@@ -189,7 +195,7 @@ def test_small_runs_make_a_page(tmp_path, monkeypatch, size):
     monkeypatch.setattr(psi, "SWEEPS", {"width": (4, 8), "layers": (1, 2)})
     monkeypatch.setattr(measure, "copy_bandwidth", lambda: 1.0)
     monkeypatch.setattr(psi, "copy_bandwidth", lambda: 1.0)
-    monkeypatch.setattr(psi, "turns", lambda f, repeats: measure.turns(f, repeats, least=0))
+    monkeypatch.setattr(psi, "turns", lambda f, repeats: measure.turns(f, repeats, least=0, rest=0))
     for name, values in (
         ("psi", psi.alone(size, None, 1)),
         ("seeds", psi.seeds(size, None, 1, number=2)),
