@@ -1,6 +1,7 @@
 """What a run is made of, and the settings of the paper."""
 
 import math
+import numbers
 import operator
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -33,6 +34,12 @@ _FRACTIONS = (
     "switch_at",
     "average_decay",
 )
+
+_KINDS: dict[type, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+}
 
 # What SEvo alone has.
 SEVO_ONLY = (
@@ -146,12 +153,16 @@ class Config:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for name, value in asdict(self).items():
-            if isinstance(value, bool) or hints[name] is bool:
-                continue
             if choices := get_args(hints[name]):
                 if value not in choices:
                     raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
-            elif name in _FRACTIONS:
+                continue
+            kind, words = _KINDS[hints[name]]
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                raise TypeError(f"`{name}` must be {words}, got {value!r}.")
+            if kind is bool:
+                continue
+            if name in _FRACTIONS:
                 if not 0 <= value < 1:
                     raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
             elif not math.isfinite(value) or value < 0 or not (value or name in _MAY_BE_ZERO):

@@ -10,6 +10,7 @@ from models.encoder import Encoder, self_attention
 from models.layers import (
     Window,
     check_heads,
+    check_rates,
     dropout,
     layer_norm,
     split_key,
@@ -45,6 +46,7 @@ class BERT4Rec(Encoder, nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_heads(dim, num_heads)
+        check_rates(dropout_rate=dropout_rate)
         self.max_length = max_length
         self.dropout_rate = dropout_rate
         num_rows = num_items + self.num_special

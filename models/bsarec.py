@@ -10,6 +10,7 @@ from models.layers import (
     Window,
     attend,
     check_heads,
+    check_rates,
     dropout,
     layer_norm,
     split_key,
@@ -54,6 +55,7 @@ class BSARec(Encoder, DotProduct, nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_heads(dim, num_heads)
+        check_rates(dropout_rate=dropout_rate, attention_dropout_rate=attention_dropout_rate)
         if not 0 <= filter_weight <= 1:
             raise ValueError(f"`filter_weight` must be in [0, 1], got {filter_weight}.")
         if filter_cutoff < 1 or filter_cutoff != int(filter_cutoff):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.layers import dropout, uniform, xavier_normal
+from models.layers import check_rates, dropout, uniform, xavier_normal
 from models.packing import Packed
 from models.recurrence import gru_cell, packed_gru
 from models.scoring import DotProduct
@@ -30,6 +30,7 @@ class GRU4Rec(DotProduct, nnx.Module):
         cosine_scale: float = 0.0,
         rngs: nnx.Rngs,
     ):
+        check_rates(dropout_rate=dropout_rate)
         self.max_length = max_length
         self.dropout_rate = dropout_rate
         self.cosine_scale = cosine_scale

@@ -58,6 +58,13 @@ def check_heads(dim: int, num_heads: int) -> None:
         raise ValueError(f"`dim` must be a multiple of `num_heads`, got {dim}, {num_heads}.")
 
 
+def check_rates(**rates: float) -> None:
+    """Refuses rates of dropout, by their names, that are no share below one."""
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"`{name}` must be in [0, 1), got {rate}.")
+
+
 def check_padded(items: jax.Array, max_length: int) -> None:
     """Refuses a batch whose rows would be spread over, or not fit, the learned positions."""
     if items.shape[-1] != max_length:

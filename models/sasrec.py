@@ -10,6 +10,7 @@ from flax import nnx
 from models.layers import (
     check_heads,
     check_padded,
+    check_rates,
     dropout,
     layer_norm,
     packed_causal_attention,
@@ -56,6 +57,7 @@ class SASRec(DotProduct, nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_heads(dim, num_heads)
+        check_rates(dropout_rate=dropout_rate)
         self.max_length = max_length
         self.dropout_rate = dropout_rate
         self.cosine_scale = cosine_scale

@@ -14,6 +14,7 @@ from models.layers import (
     attention_weights,
     check_heads,
     check_padded,
+    check_rates,
     dropout,
     layer_norm,
     packed_positions,
@@ -60,6 +61,7 @@ class STOSA(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_heads(dim, num_heads)
+        check_rates(dropout_rate=dropout_rate, attention_dropout_rate=attention_dropout_rate)
         self.max_length = max_length
         self.dropout_rate = dropout_rate
         num_rows = num_items + self.num_special

@@ -333,4 +333,12 @@ def _touched_rows(updates: optax.Updates, touched: Any) -> Any:
         return jax.tree.map(nonzero, updates)
     if isinstance(touched, jax.Array | np.ndarray):
         return jax.tree.map(lambda g: given(g, touched), updates)
-    return jax.tree.map(given, updates, touched)
+    leaves, treedef = jax.tree.flatten(updates)
+    try:
+        masks = treedef.flatten_up_to(touched)
+    except ValueError as error:
+        raise ValueError(
+            "`touched` takes one array of bools, or a tree of them in the structure of the "
+            f"parameters, with any number in place of those without corrected moments. {error}"
+        ) from None
+    return treedef.unflatten(map(given, leaves, masks))

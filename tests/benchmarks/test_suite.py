@@ -195,7 +195,9 @@ def test_small_runs_make_a_page(tmp_path, monkeypatch, size):
     monkeypatch.setattr(psi, "SWEEPS", {"width": (4, 8), "layers": (1, 2)})
     monkeypatch.setattr(measure, "copy_bandwidth", lambda: 1.0)
     monkeypatch.setattr(psi, "copy_bandwidth", lambda: 1.0)
-    monkeypatch.setattr(psi, "turns", lambda f, repeats: measure.turns(f, repeats, least=0, rest=0))
+    monkeypatch.setattr(
+        psi, "turns", lambda f, repeats: measure.turns(f, repeats, least=0, rest=0)
+    )
     for name, values in (
         ("psi", psi.alone(size, None, 1)),
         ("seeds", psi.seeds(size, None, 1, number=2)),

@@ -523,6 +523,22 @@ def test_config_rejects_what_it_does_not_know():
         Config(batch_size=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("dim", 64.5, "a whole number"),
+        ("epochs", "7", "a whole number"),
+        ("num_heads", True, "a whole number"),
+        ("beta", None, "a number"),
+        ("learning_rate", "0.1", "a number"),
+        ("rescale", 1, "True or False"),
+    ],
+)
+def test_config_rejects_values_of_another_type(name, value, kind):
+    with pytest.raises(TypeError, match=f"`{name}` must be {kind}, got {value!r}"):
+        Config(**{name: value})
+
+
 @pytest.mark.parametrize("model", ["sasrec", "gru4rec", "bsarec"])
 def test_cosine_scale_reaches_the_model(model):
     config = preset(model, "amazon_beauty", "adam", cosine_scale=20, dim=8)

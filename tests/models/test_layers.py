@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from models import STOSA, BERT4Rec, BSARec, SASRec
+from models import STOSA, BERT4Rec, BSARec, GRU4Rec, SASRec
 from models.layers import (
     _binomial_cdf,
     binomial,
@@ -31,6 +31,15 @@ def test_dropout_keeps_entries_at_the_rate_and_scales_them(rate, shape):
     # The rate is a multiple of 2^-16, and the scale is exactly that rate's.
     keep = round((1 - rate) * 2**16) / 2**16
     np.testing.assert_allclose(out[kept], x[kept] / keep, rtol=1e-6)
+
+
+@pytest.mark.parametrize("model", [SASRec, GRU4Rec, BERT4Rec, STOSA, BSARec])
+@pytest.mark.parametrize("rate", [1.0, -0.1, float("nan")])
+def test_rates_of_dropout_are_checked(model, rate):
+    of_attention = ["attention_dropout_rate"] if model in (STOSA, BSARec) else []
+    for name in ["dropout_rate", *of_attention]:
+        with pytest.raises(ValueError, match=rf"`{name}` must be in \[0, 1\), got {rate}"):
+            model(5, dim=4, rngs=nnx.Rngs(0), **{name: rate})
 
 
 def test_dropout_entries_are_independent():

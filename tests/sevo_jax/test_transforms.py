@@ -135,6 +135,18 @@ def test_touched_rows_can_be_given(as_tree):
     assert ((abs(decayed) < abs(mu)) | (mu == 0)).all() and (mu != 0).any()
 
 
+@pytest.mark.parametrize("touched", [{"item": np.ones(3, bool)}, [np.ones(3, bool)], "item"])
+def test_touched_of_another_structure(touched):
+    graph = sevo_jax.item_graph([[0, 1, 2]], num_nodes=3)
+    params = {"item": jnp.ones((3, 2)), "w": jnp.ones(2)}
+    solver = sevo_jax.sevo_adamw(0.1, graph)
+    state = solver.init(params)
+    with pytest.raises(ValueError, match="`touched` takes one array of bools, or a tree"):
+        solver.update(params, state, params, touched=touched)
+    whole = {"item": np.ones(3, bool), "w": 0}
+    assert solver.update(params, state, params, touched=whole)
+
+
 @pytest.mark.parametrize("touched", [np.ones(19, bool), np.ones(20), np.ones((20, 1), bool)])
 def test_bad_touched(touched):
     solver = sevo_jax.scale_by_corrected_adam()
