@@ -44,6 +44,7 @@ class Backbone:
       settings: by argument of the class, the field of `Config` that it takes.
       knows_users: the class also takes the number of users.
       tables: the pattern of the tables that SEvo smooths, see `sevo_jax.sevo`.
+      vectors: the one of them whose rows stand for the items, where something looks at it.
     """
 
     module: Any
@@ -51,6 +52,7 @@ class Backbone:
     settings: dict[str, str]
     knows_users: bool = False
     tables: str = TABLE
+    vectors: str = TABLE
 
     def build(self, num_users: int, num_items: int, config: Config, rngs: nnx.Rngs) -> Any:
         sizes = (num_items, num_users) if self.knows_users else (num_items,)
@@ -97,6 +99,7 @@ BACKBONES: dict[str, Backbone] = {
         _next_item,
         _ATTENTION | _same("attention_dropout_rate", "fixed"),
         tables="item_(mean|covariance)",
+        vectors="item_mean",
     ),
     "bsarec": Backbone(
         models.BSARec,

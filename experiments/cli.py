@@ -34,7 +34,13 @@ def main(args: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on", file=sys.stderr)
+        from experiments.study import STUDIES
+
+        resumes = isinstance(command, Train) or (
+            isinstance(command, Ablate) and command.name not in STUDIES
+        )
+        how = "; the same command with --resume goes on" if resumes else ""
+        print(f"\ninterrupted{how}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -67,7 +73,9 @@ def _run(command: Command) -> None:
             keep(command.runs, command.keep)
         ours = command.runs == Report().runs  # the records that the repository keeps
         page = command.page or (Path() if ours else command.runs[0]) / "RESULTS.md"
-        print(f"{page}: tables of {write_report(command.runs, page)} runs")
         html = command.html or page.with_suffix(".html")
+        if html.resolve() == page.resolve():
+            raise ValueError(f"`page` and `html` must be two files, got {page} for both.")
+        print(f"{page}: tables of {write_report(command.runs, page)} runs")
         write_page(command.runs, html)
         print(f"{html}: their figures and comparisons")

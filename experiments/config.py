@@ -189,6 +189,11 @@ class Config:
             if getattr(self, name) > 1:
                 least = "[0" if name in _MAY_BE_ZERO else "(0"
                 raise ValueError(f"`{name}` must be in {least}, 1], got {getattr(self, name)}.")
+        if self.train_users < 1 and self.windows == "users":
+            raise ValueError(
+                f"`train_users` of {self.model} must be 1, got {self.train_users}: it has no "
+                "vector for a user who does not train."
+            )
         if self.pvn_weight and self.model != "stosa":
             raise ValueError(f"`pvn_weight` is for stosa alone, got it for {self.model}.")
         if self.cosine_scale and self.model not in ("sasrec", "gru4rec", "bsarec"):
@@ -410,6 +415,11 @@ _PUBLISHERS_NAMES = {
 }
 
 
+def known_name(dataset: str) -> str:
+    """What the presets and the published numbers call a dataset."""
+    return _PUBLISHERS_NAMES.get(dataset, dataset)
+
+
 def preset_name(model: str, dataset: str, asked: str | None = None) -> str:
     """Whose settings :func:`preset` takes for a model on a dataset.
 
@@ -420,7 +430,7 @@ def preset_name(model: str, dataset: str, asked: str | None = None) -> str:
     known = sorted(name for of, name in PRESETS if of == model)
     if asked is not None and asked not in known:
         raise ValueError(f"`preset` for {model} must be one of {known}, got {asked!r}.")
-    name = asked or _PUBLISHERS_NAMES.get(dataset, dataset)
+    name = asked or known_name(dataset)
     return name if name in known else "amazon_beauty"
 
 

@@ -39,6 +39,7 @@ LARGE = {
     "electronics": Size(num_users=728_489, num_items=159_729),
     "clothing": Size(num_users=1_219_337, num_items=376_378),
 }
+_LARGE_IS_OF = "sasrec", "amazon_beauty"  # the model and its preset
 LENGTH = 8  # of every generated sequence, about the mean of Amazon's
 
 
@@ -48,26 +49,45 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
     `--arms` names backbones, all by default, on the data of the options; `electronics` and
     `clothing` are SASRec on generated data of that size, a few steps, and take minutes.
     """
-    models = get_args(Model)
+    models: tuple[str, ...] = get_args(Model)
     arms = options.arms or models
     if unknown := set(arms) - {*models, *LARGE}:
         raise ValueError(f"`arms` must be of {(*models, *LARGE)}, got {sorted(unknown)}.")
+    seed, *more = options.seeds
+    if options.model != "sasrec" or more:
+        raise ValueError(
+            "`cost` takes models as `arms` and one seed, got `model` "
+            f"{options.model!r} and `seeds` {options.seeds}."
+        )
+    dataset, split = split_of(options) if set(arms) & {*models} else (None, None)
+    configs = {}
+    for arm in arms:
+        model, data = (arm, dataset.name) if dataset and arm in models else _LARGE_IS_OF
+        # LightGCN does in the network what SEvo does in training.
+        names = OPTIMIZERS if model != "lightgcn" else OPTIMIZERS[:1]
+        usual = (options.preset or data) if arm in models else data
+        configs[arm] = [preset(model, usual, name, **options.given_to(name)) for name in names]
+    options.check_given([config for of_arm in configs.values() for config in of_arm])
     findings = []
-    if chosen := [arm for arm in arms if arm in models]:
-        findings.append(_backbones(chosen, options, console))
-    if sizes := [arm for arm in arms if arm in LARGE]:
-        findings.append(_large(sizes, options, console))
+    if dataset and split:
+        chosen = {arm: of_arm for arm, of_arm in configs.items() if arm in models}
+        title = (
+            f"Cost on {dataset.name}: medians of {ROUNDS} epochs, and of as many rankings of "
+            "all validation users, with and without SEvo in turns"
+        )
+        head, rows = _backbones(chosen, split, seed, console)
+        findings.append(Finding(title, head, rows))
+    if sizes := {arm: of_arm for arm, of_arm in configs.items() if arm in LARGE}:
+        findings.append(_large(sizes, console))
     return findings
 
 
-def _backbones(arms: list[str], options: Ablate, console: Console) -> Finding:
-    dataset, split = split_of(options)
+def _backbones(
+    configs: dict[str, list[Config]], split: Split, seed: int, console: Console
+) -> tuple[list[str], list[list[str]]]:
     rows = []
-    for model in arms:
-        # LightGCN does in the network what SEvo does in training.
-        names = OPTIMIZERS if model != "lightgcn" else OPTIMIZERS[:1]
-        configs = _configs(model, options.preset or dataset.name, names, options)
-        epochs, rankings = _seconds(configs, split, options.seeds[0])
+    for model, of_model in configs.items():
+        epochs, rankings = _seconds(of_model, split, seed)
         row = [model, *_pair(epochs), *_pair(rankings)]
         if known := TRAINING_SECONDS.get(model):
             row += [f"{known[0]:,}", _percent(1 + known[1] / known[0])]
@@ -77,15 +97,7 @@ def _backbones(arms: list[str], options: Ablate, console: Console) -> Finding:
     for what in ("s/epoch", "s/ranking"):
         head += [f"{what}, AdamW", f"{what}, SEvo", "overhead" if "epoch" in what else "more"]
     head += ["published training, s", "published overhead"]
-    title = (
-        f"Cost on {dataset.name}: medians of {ROUNDS} epochs, and of as many rankings of all "
-        "validation users, with and without SEvo in turns"
-    )
-    return Finding(title, head, rows)
-
-
-def _configs(model: str, data: str, optimizers: Sequence[str], options: Ablate) -> list[Config]:
-    return [preset(model, data, name, **options.given_to(name)) for name in optimizers]
+    return head, rows
 
 
 def _pair(seconds: Sequence[float]) -> list[str]:
@@ -147,10 +159,10 @@ def alternate(
     return [statistics.median(taken[1:]) for taken in seconds]
 
 
-def _large(sizes: list[str], options: Ablate, console: Console) -> Finding:
-    rows, configs = [], _configs("sasrec", "amazon_beauty", OPTIMIZERS, options)
-    for name in sizes:
-        edges, (plain, sevo) = steps(LARGE[name], configs)
+def _large(configs: dict[str, list[Config]], console: Console) -> Finding:
+    rows = []
+    for name, of_size in configs.items():
+        edges, (plain, sevo) = steps(LARGE[name], of_size)
         cells = [f"{LARGE[name].num_items:,}", f"{edges:,}", f"{plain:.0f}", f"{sevo:.0f}"]
         rows.append([name, *cells, f"{sevo / plain:.2f}"])
         console.print(f"{name}: {plain:.0f} and {sevo:.0f} ms/step")

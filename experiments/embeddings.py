@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import matplotlib
 
 matplotlib.use("Agg")  # no display on a server
@@ -18,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 
-from experiments.backbones import tables_of
+from experiments.backbones import BACKBONES
 from experiments.config import Config, preset
 from experiments.dataset import Attributes, Split
 from experiments.main_job import split_of
@@ -26,7 +25,6 @@ from experiments.options import Ablate
 from experiments.run import make_trainer, start
 from experiments.statistics import spread
 from experiments.study import Finding
-from sevo_jax.tables import table_mask
 
 NEEDS_DATA = True
 BETAS = (0.0, 0.5, 0.99)
@@ -63,6 +61,9 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
     settings = {"epochs": EPOCHS[-1]} | options.given()
     betas = (settings.pop("beta"),) if "beta" in settings else BETAS
     config = preset(options.model, options.preset_name(dataset.name), "sevo_adamw", **settings)
+    options.check_given([config])
+    if options.arms:
+        raise ValueError(f"`embeddings` has no `arms`, got {options.arms}; see `beta`.")
     groups = groups_of(dataset.known_attributes())
     method, project = projection()
     if method != "UMAP":
@@ -139,14 +140,13 @@ def trained(
     """Trains every beta and seed together; yields the item tables at `EPOCHS` and at the end.
 
     Yields:
-      The epoch, and the rows of the items `[len(betas), len(seeds), num_items, dim]`; of a
-      model with two tables, those of the first.
+      The epoch, and the rows of the items `[len(betas), len(seeds), num_items, dim]`; of
+      STOSA's two tables, the means.
     """
     trainer = make_trainer(config, split, swept=("beta",))
     strengths = [beta for beta in betas for _ in seeds]
     state = start(trainer, [*seeds] * len(betas), {"beta": strengths})
-    one = jax.tree.map(lambda leaf: leaf[0], state.params)
-    mask = table_mask(one, tables_of(config), trainer.graph.num_nodes)
+    name = BACKBONES[config.model].vectors
 
     for epoch in range(config.epochs + 1):
         if epoch:
@@ -154,8 +154,7 @@ def trained(
             if not np.isfinite(loss).all():
                 raise FloatingPointError(f"the loss is not finite in epoch {epoch}.")
         if epoch in EPOCHS or epoch == config.epochs:
-            chosen = jax.tree.map(lambda x, m: x if m else None, state.params, mask)
-            table = np.asarray(jax.tree.leaves(chosen)[0], np.float64)
+            table = np.asarray(state.params[name]["embedding"], np.float64)
             shape = len(betas), len(seeds), -1, table.shape[-1]
             rows = table[:, table.shape[1] - split.dataset.num_items :]
             yield epoch, rows.reshape(shape)

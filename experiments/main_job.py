@@ -1,5 +1,6 @@
 """The main job: train every optimizer asked for, show how it goes, compare at the end."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,13 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from experiments.config import Config
+from experiments.config import Config, known_name
 from experiments.dataset import Dataset, Split, global_time_split, leave_one_out
 from experiments.loaders import load
 from experiments.mesh import make_mesh
 from experiments.options import Job, Train
 from experiments.plots import plot_run
-from experiments.published import published
+from experiments.published import SIZES, published, published_data
 from experiments.ranking import METRICS
 from experiments.run import SELECTION, Progress, Result, check_free, fit
 from experiments.statistics import spread
@@ -40,6 +41,14 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
     )
     for reason, count in dataset.drops.items():
         console.print(f"left out: {count:,} interactions ({reason})")
+    data = {"name": dataset.name, "items": dataset.num_items, "train": split.num_train}
+    name = known_name(dataset.name)
+    if name in SIZES and not published_data(data):
+        items, interactions = SIZES[name]
+        console.print(
+            f"the published runs of {name} have {items:,} items and {interactions:,} "
+            "interactions for training; their numbers are not shown beside these"
+        )
     usual = options.preset_name(dataset.name)
     console.print(f"settings that are not given: those of {options.model} on {usual}")
     asked = options.optimizers
@@ -71,8 +80,7 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
         if first:
             plot_run(folder)
         console.print(f"{config.label}: records, checkpoint and curves.png are in {folder}")
-    sizes = {"items": dataset.num_items, "train": split.num_train}
-    console.print(results_table(results, {"name": dataset.name, **sizes}))
+    console.print(results_table(results, data))
     return results
 
 
@@ -85,7 +93,12 @@ def join_mesh(options: Train) -> Mesh | None:
         raise ValueError("`coordinator` needs a `mesh`, of the devices of all processes.")
     else:
         address = None if options.coordinator == "auto" else options.coordinator
-        jax.distributed.initialize(address, options.num_processes, options.process_id)
+        if address and not re.fullmatch(r".+:\d+", address):
+            raise ValueError(f"`coordinator` must be HOST:PORT or auto, got {address!r}.")
+        try:
+            jax.distributed.initialize(address, options.num_processes, options.process_id)
+        except RuntimeError as error:
+            raise OSError(f"the coordinator {options.coordinator} failed: {error}") from None
     return None if options.mesh is None else make_mesh(options.mesh)
 
 

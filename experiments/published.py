@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from experiments.config import Config, preset
+from experiments.config import Config, known_name, preset
 
 # HR@1, HR@5, HR@10, NDCG@5, NDCG@10.
 _NAMES = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10")
@@ -365,12 +365,19 @@ _CURVES_USERS_ITEMS: dict[tuple[str, str], Curve] = {
 
 
 # Items, and interactions to train on, of the data that the published numbers are of.
-_SIZES = {
+SIZES = {
     "amazon_beauty": (12_101, 153_776),
     "amazon_toys": (11_924, 128_773),
     "amazon_tools": (10_217, 101_200),
     "movielens_1m": (3_416, 987_531),
 }
+
+
+def published_data(data: Mapping[str, Any]) -> str | None:
+    """The dataset of published runs that `data` is, by its name and its sizes, or None."""
+    name = known_name(data["name"])
+    sizes = data.get("items"), data.get("train")
+    return name if sizes == SIZES.get(name) else None
 
 
 def published(
@@ -386,9 +393,9 @@ def published(
       data: what its records say of the data: `name`, `items` and `train` must be those of the
         published runs, so that no other split or filter is taken for theirs.
     """
-    key = (config.model, data["name"])
-    if (data.get("items"), data.get("train")) != _SIZES.get(data["name"]):
+    if (name := published_data(data)) is None:
         return None
+    key = (config.model, name)
     config = replace(config, streams=1, loader_workers=1)
     usual, known = preset(*key, config.optimizer), _SEVO.get(key)
     if config.graph == "users_items" and config.optimizer == "sevo_adamw":
@@ -408,7 +415,7 @@ def official_curve(config: Config, data: Mapping[str, Any]) -> Curve:
     if config.optimizer != "sevo_adamw" or not published(config, data):
         return {}
     curves = _CURVES_USERS_ITEMS if config.graph == "users_items" else CURVES
-    return curves.get((config.model, data["name"]), {})
+    return curves.get((config.model, known_name(data["name"])), {})
 
 
 # Table 5, by arm of the ablation `distillation`: SASRec on Beauty, means of five runs.
@@ -434,9 +441,8 @@ def published_arm(
       data: see `published`.
       given: settings that were not the preset's; with any, nothing published compares.
     """
-    place = ablation, model, data["name"], data.get("items"), data.get("train")
-    known = "distillation", "sasrec", "amazon_beauty", *_SIZES["amazon_beauty"]
-    if given or place != known:
+    place = ablation, model, published_data(data)
+    if given or place != ("distillation", "sasrec", "amazon_beauty"):
         return None
     return dict(zip(_NAMES, _DISTILLED[arm], strict=True))
 

@@ -92,9 +92,19 @@ class Log:
         return length
 
     def truncate(self, length: int) -> None:
-        """Drops what was written after the checkpoint that the run goes on from."""
+        """Drops what was written after the checkpoint that the run goes on from.
+
+        Raises:
+          ValueError: the file is shorter than it was then.
+        """
         if jax.process_index() > 0:
             return
+        held = self.path.stat().st_size if self.path.exists() else 0
+        if held < length:
+            raise ValueError(
+                f"{self.path} has {held} bytes, but had {length} when the checkpoint was "
+                "saved. Put the lost records back, or start the run anew in another folder."
+            )
         with self.path.open("ab") as file:
             file.truncate(length)
 

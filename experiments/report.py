@@ -4,6 +4,8 @@ Every number is computed from the records of runs; what the page says around the
 outside of the generated part and is left as it is.
 """
 
+import json
+import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +25,7 @@ from experiments.tables import (
     commands,
     config_of,
     curves_table,
+    described,
     place_of,
     reproduction_table,
     sort_key,
@@ -65,7 +68,11 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
         for (data, model, _), group in groupby(presets, key=place_of):
             parts += _buckets(group, f"{model} on {data}")
     parts += [*ablations(runs), *studies(kept), END]
-    page.write_text(before + "\n\n".join(parts) + after, encoding="utf-8")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    # Moved to its place when it is whole: the prose around the tables is nowhere else.
+    temporary = page.with_name(f"{page.name}.tmp")
+    temporary.write_text(before + "\n\n".join(parts) + after, encoding="utf-8")
+    temporary.replace(page)
     return len(runs) + len(kept)
 
 
@@ -110,21 +117,23 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
     Tests stay whole, but for the folders that the data lay in; of the curves, epochs 1, 5, 10
     and every 20th stay. These and the buckets leave out the settings, which each test repeats.
     A run `DATA-MODEL/OPTIMIZER` becomes one file of that name, and so does an arm of an
-    ablation. Seeds of one configuration that were trained apart, in folders of these names,
-    are joined, and so are those that are kept already. Studies are copied with their pictures.
+    ablation. Seeds of one configuration and dataset that were trained apart, in folders of
+    these names, are joined, and so are those that are kept already. Studies are copied with
+    their pictures, in place of older ones of the same command.
+
+    Raises:
+      ValueError: two runs or studies that differ would be kept in the same place.
     """
-    for path, _ in study.read(folders):
-        target = Path(into) / path.parent.name
-        target.mkdir(parents=True, exist_ok=True)
-        for part in (path, *path.parent.glob("*.png")):
-            shutil.copyfile(part, target / part.name)
+    into = Path(into)
+    folders = list(folders)
+    _keep_studies(folders, into)
     parts: dict[Path, list[tuple[Path, Records]]] = defaultdict(list)
     for path, run in tested(folders):
-        if Path(into).resolve() in path.resolve().parents:
+        if _lies_in(into, path):
             continue  # what is kept stays
         # An arm of an ablation lies one folder deeper, in that of its compiled program.
-        place = path.parents[2 if ablation_of(run) else 1].name
-        parts[Path(into) / place / f"{path.parent.name}.jsonl"].append((path, run))
+        place = path.resolve().parents[2 if ablation_of(run) else 1].name
+        parts[into / place / f"{path.resolve().parent.name}.jsonl"].append((path, run))
     for target, found in parts.items():
         # Seeds that were trained apart are kept together; of those kept before, the others.
         (first, run), *others = found
@@ -132,12 +141,14 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
             if not _same_settings(run, other) or _seeds(run) & _seeds(other):
                 raise ValueError(
                     f"{first} and {path} would both be kept as {target}, but have other "
-                    "settings or a seed in common. Rename their folders."
+                    "settings or data, or a seed in common. Rename their folders."
                 )
             run = run + other
         held = records.read(target) if target.exists() else []
         if held and not _same_settings(run, held):
-            raise ValueError(f"{target} keeps other settings than {first}; rename one of them.")
+            raise ValueError(
+                f"{target} keeps other settings or data than {first}; rename one of them."
+            )
         run = [r for r in held if r["seed"] not in _seeds(run)] + run
         temporary = target.with_suffix(".tmp")
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -146,8 +157,53 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
         temporary.replace(target)
 
 
+def _keep_studies(folders: Iterable[str | Path], into: Path) -> None:
+    chosen: dict[Path, Path] = {}
+    for path, kept in study.read(folders):
+        if _lies_in(into, path):
+            continue
+        target = into / path.resolve().parent.name
+        held = target / study.FILE
+        if target in chosen:
+            raise ValueError(
+                f"{chosen[target]} and {path} would both be kept as {target}. Rename one of "
+                "their folders."
+            )
+        if held.exists():
+            older = study.command_of(json.loads(held.read_text(encoding="utf-8")))
+            if older != study.command_of(kept):
+                raise ValueError(
+                    f"{target} keeps another study than {path}: `{older}`; rename one of them."
+                )
+        chosen[target] = path
+    for target, path in chosen.items():
+        target.mkdir(parents=True, exist_ok=True)
+        for part in (path, *path.parent.glob("*.png")):
+            shutil.copyfile(part, target / part.name)
+
+
+def _lies_in(folder: Path, path: Path) -> bool:
+    return folder.resolve() in path.resolve().parents
+
+
 def _same_settings(run: Records, other: Records) -> bool:
-    return config_of(run) == config_of(other) and ablation_of(run) == ablation_of(other)
+    def settings(run: Records) -> tuple[Any, ...]:
+        # The same data may lie elsewhere.
+        data = {k: v for k, v in _without_folders(described(run)).items() if k != "source"}
+        return config_of(run), ablation_of(run), data
+
+    return settings(run) == settings(other)
+
+
+def _without_folders(data: dict[str, Any]) -> dict[str, Any]:
+    """What records say of the data, without the folders where it lay."""
+    found = data | {"source": Path(data["source"]).name}
+    if words := shlex.split(data.get("options", "")):
+        # Of `--items`, the only one of these options that is a path, the name.
+        pairs = zip(["", *words], words, strict=False)
+        words = [Path(word).name if before == "--items" else word for before, word in pairs]
+        found["options"] = shlex.join(words)
+    return found
 
 
 def _seeds(run: Records) -> set[int]:
@@ -162,17 +218,26 @@ def tested(folders: Iterable[str | Path]) -> Iterator[tuple[Path, Records]]:
             if path.resolve() in seen:
                 continue
             seen.add(path.resolve())
-            run: list[Any] = records.read(path)
-            if not all(isinstance(record, dict) for record in run):
+            if not _holds_records(path):
                 continue  # of another program
-            if any(record.get("kind") == "test" for record in run):
+            run = records.read(path)
+            if any(record["kind"] == "test" for record in run):
                 yield path, run
+
+
+def _holds_records(path: Path) -> bool:
+    with path.open("rb") as file:
+        line = file.readline()
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "kind" in record
 
 
 def _thin(record: dict[str, Any]) -> dict[str, Any] | None:
     if "test" in record["kind"]:
-        data = record["data"]
-        return record | {"data": data | {"source": Path(data["source"]).name}}
+        return record | {"data": _without_folders(record["data"])}
     bucket = record["kind"] == "bucket"
     if not bucket and record["epoch"] not in (1, 5, 10) and record["epoch"] % 20:
         return None

@@ -465,6 +465,8 @@ def _check_same(path: Path, wanted: dict[str, Any]) -> None:
     held["config"] = asdict(config)  # settings newer than the run among them
     if "fingerprint" not in held["data"]:  # runs of an earlier version
         wanted = wanted | {"data": {k: wanted["data"].get(k) for k in held["data"]}}
+    else:  # it tells that the data are the same, wherever they lie now
+        wanted = wanted | {"data": wanted["data"] | {"source": held["data"]["source"]}}
     if config.schedule == "constant" and config.placement != "switch":
         held, wanted = (
             part | {"config": {k: v for k, v in part["config"].items() if k != "epochs"}}

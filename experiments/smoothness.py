@@ -49,6 +49,9 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
     for name in ("schedule", "average_decay", "smooth_every", "beta_ramp"):
         if name in settings:
             raise ValueError(f"`smoothness` knows no `{name}`; leave it out.")
+    options.check_given([config])
+    if options.arms:
+        raise ValueError(f"`smoothness` has no `arms`, got {options.arms}; see `beta`.")
     if config.placement != "update" or config.graph != "items":
         raise ValueError(
             "`smoothness` takes `placement` 'update' and `graph` 'items', got "

@@ -49,8 +49,7 @@ def paired_t(first: np.ndarray, second: np.ndarray, *, level: float = 0.95) -> S
       level: of the interval.
 
     Raises:
-      ValueError: shapes differ, there are fewer than two pairs or more than 24, or a value is
-        not finite.
+      ValueError: shapes differ, there are fewer than two pairs, or a value is not finite.
 
     References:
       Student, The probable error of a mean, 1908; d_z as in Lakens, Calculating and reporting

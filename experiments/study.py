@@ -50,7 +50,8 @@ def run(options: Ablate, console: Console) -> list[Finding]:
     if options.resume:
         raise ValueError("`resume` is for runs; a study starts anew.")
     module = importlib.import_module(STUDIES[options.name])
-    data = Path(options.data).stem if module.NEEDS_DATA else None
+    # As `loaders.load` calls it.
+    data = Path(options.data).resolve().name.split(".")[0] if module.NEEDS_DATA else None
     place = f"{data}-{options.model}-{options.name}" if data else options.name
     out = options.out or Path("runs") / place
     if (out / FILE).exists():
@@ -97,7 +98,11 @@ def read(folders: Iterable[str | Path]) -> Iterator[tuple[Path, dict[str, Any]]]
 def title_of(kept: dict[str, Any]) -> str:
     """A heading for a study: `smoothness, epochs 40: sasrec on amazon_beauty`."""
     named = with_given(kept["study"], kept["settings"])
-    return f"{named}: {kept['model']} on {kept['data']}" if kept["data"] else named
+    if not kept["data"]:
+        return named
+    # The models of `cost` are its arms.
+    models = ", ".join(kept["arms"]) or "all models"
+    return f"{named}: {models if kept['study'] == 'cost' else kept['model']} on {kept['data']}"
 
 
 def command_of(kept: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from experiments import cli
 from experiments.config import preset
+from experiments.published import official_curve, published
 from experiments.report import BEGIN, END, keep, write_report
 from experiments.tables import name_of, sort_key
 
@@ -87,6 +88,14 @@ def test_measured_stands_beside_published(runs, tmp_path):
     assert f"{row} -2.7 % | -0.8 | 1 cpu (cpu), 2 core(s) |" in text
 
 
+@pytest.mark.parametrize(("items", "expected"), [(12_101, True), (12_100, False)])
+def test_fetched_data_is_the_published(items, expected):
+    """As its publisher calls it, where the sizes say that it is the same."""
+    data = {"name": "reviews_Beauty_5", "items": items, "train": 153_776}
+    config = preset("sasrec", "amazon_beauty", "sevo_adamw")
+    assert bool(published(config, data)) == expected == bool(official_curve(config, data))
+
+
 def test_kept_records_give_the_same_table(runs, tmp_path):
     keep([runs], tmp_path / "results")
     kept = (tmp_path / "results" / "beauty-sasrec" / "sevo_adamw.jsonl").read_text()
@@ -126,18 +135,90 @@ def test_seeds_that_were_trained_apart_are_kept_together(runs, tmp_path):
     for change in (
         lambda line: {},  # the same seeds
         lambda line: {"seed": line["seed"] + 2, "config": asdict(replace(CONFIG, dim=8))},
+        lambda line: {"seed": line["seed"] + 2, "data": {"name": "another", "source": "a"}},
     ):
         write(change)
         with pytest.raises(ValueError, match="would both be kept as .* Rename"):
             keep([runs, tmp_path / "more"], tmp_path / "results")
-    with pytest.raises(ValueError, match="keeps other settings than"):
+    with pytest.raises(ValueError, match="keeps other settings or data than"):
         keep([tmp_path / "more"], tmp_path / "results")
     assert kept.read_bytes() == before
 
 
-def test_files_that_are_no_records_are_left_out(runs, tmp_path):
-    (runs / "other.jsonl").write_text('{"text": "of another program"}\n')
-    assert write_report([runs], tmp_path / "page.md") == 1
+@pytest.mark.parametrize(
+    "text", ['{"text": "of another program"}\nno JSON\n', "[1, 2]\n", "", "\xff\n"]
+)
+def test_files_that_are_no_records_are_left_out(runs, tmp_path, text):
+    (runs / "other.jsonl").write_bytes(text.encode("latin-1"))
+    assert write_report([runs], tmp_path / "new" / "page.md") == 1
+
+
+def test_records_that_are_broken_are_not(runs, tmp_path):
+    path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match="line 10: not a record"):
+        write_report([runs], tmp_path / "page.md")
+
+
+def test_a_page_is_whole_or_as_before(runs, tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(f"prose\n{BEGIN}\nold\n{END}\n")
+
+    def stop(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_report([runs], page)
+    assert page.read_text() == f"prose\n{BEGIN}\nold\n{END}\n"
+
+
+def test_the_tables_and_the_page_are_two_files(runs, tmp_path, capsys):
+    page = str(tmp_path / "x.html")
+    with pytest.raises(SystemExit):
+        cli.main(["report", "--runs", str(runs), "--page", page])
+    assert "`page` and `html` must be two files" in capsys.readouterr().err
+
+
+def test_records_are_kept_from_inside_their_folder(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(runs / "beauty-sasrec" / "sevo_adamw")
+    keep([Path()], tmp_path / "results")
+    (kept,) = (tmp_path / "results").rglob("*.jsonl")
+    assert kept.relative_to(tmp_path / "results") == Path("beauty-sasrec/sevo_adamw.jsonl")
+
+
+def test_kept_records_name_no_folder(runs, tmp_path):
+    def edit(line):
+        if "data" in line:
+            line["data"]["options"] = "--items '/home/some one/items.csv' --k-core 5"
+
+    change(runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl", edit)
+    for _ in range(2):  # what is kept has the same data as what is not
+        keep([runs], tmp_path / "results")
+    (kept,) = (tmp_path / "results").rglob("*.jsonl")
+    assert '"--items items.csv --k-core 5"' in kept.read_text()
+    assert "/home" not in kept.read_text()
+
+
+def _study(folder, **changes):
+    kept = {"study": "theory", "model": "sasrec", "data": None, "seeds": [0], "arms": []}
+    folder.mkdir(parents=True)
+    (folder / "study.json").write_text(json.dumps(kept | {"settings": {}} | changes))
+    return folder
+
+
+def test_studies_are_kept_and_none_hides_another(tmp_path):
+    results, first = tmp_path / "results", _study(tmp_path / "a" / "theory")
+    (first / "rate.png").write_bytes(b"picture")
+    keep([tmp_path / "a"], results)
+    assert (results / "theory" / "rate.png").read_bytes() == b"picture"
+    keep([tmp_path / "a", results], results)  # what is kept stays
+    _study(tmp_path / "b" / "theory", seeds=[1])
+    with pytest.raises(ValueError, match="would both be kept as .*theory. Rename"):
+        keep([tmp_path / "a", tmp_path / "b"], results)
+    with pytest.raises(ValueError, match="keeps another study than .*--seeds 0`; rename"):
+        keep([tmp_path / "b"], results)
+    assert json.loads((results / "theory" / "study.json").read_text())["seeds"] == [0]
 
 
 def test_commands_name_the_options_that_chose_the_data(runs, tmp_path):
