@@ -135,6 +135,14 @@ def every(make: Make) -> dict[str, Config]:
     }
 
 
+def residual(make: Make) -> dict[str, Config]:
+    """How long gradients see what psi takes from the updates; "none" is the paper's."""
+    return {"adamw": make("adamw"), "none": make("sevo_adamw")} | {
+        f"decay {decay}": make("sevo_adamw", residual_decay=decay)
+        for decay in (0.9, 0.98, 0.998, 0.9998)
+    }
+
+
 def users(make: Make) -> dict[str, Config]:
     """Few users to train on, where the graph should help most. Fewer users make an epoch
     shorter; there are more epochs in turn, so that all arms take about as many steps."""
@@ -165,6 +173,7 @@ ABLATIONS: dict[str, Callable[[Make], dict[str, Config]]] = {
         loss,
         beta,
         every,
+        residual,
         users,
         distillation,
     )

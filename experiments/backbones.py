@@ -250,6 +250,7 @@ def _steps(
         "rescale": rescale,
         "isolated": config.isolated,
         "every": config.smooth_every,
+        "residual_decay": config.residual_decay or None,
     }
     plain = {
         "adamw": lambda: optax.adamw(rate, weight_decay=decay, **adam),

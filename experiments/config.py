@@ -33,6 +33,7 @@ _FRACTIONS = (
     "label_smoothing",
     "switch_at",
     "average_decay",
+    "residual_decay",
 )
 
 _KINDS: dict[type, tuple[type, str]] = {
@@ -49,6 +50,7 @@ SEVO_ONLY = (
     "beta_ramp",
     "num_layers",
     "smooth_every",
+    "residual_decay",
     "smooth_start",
     "method",
     "rescale",
@@ -63,7 +65,7 @@ SEVO_ONLY = (
     "graph_max_items",
 )
 # Those of them that a plain optimizer refuses instead of ignoring them.
-SEVO_NEEDED = ("placement", "smooth_every", "smooth_start", "touched")
+SEVO_NEEDED = ("placement", "smooth_every", "residual_decay", "smooth_start", "touched")
 _MAY_BE_ZERO = (
     "gbce_t",
     "weight_decay",
@@ -99,6 +101,9 @@ class Config:
     beta_ramp: bool = False  # the columns' strengths rise evenly from 0 to beta
     num_layers: int = 3
     smooth_every: int = 1  # smooth in every so many steps; for the placement "update"
+    # What psi takes from an update keeps this share of itself in each step, see `sevo`; with 0,
+    # nothing of it is added. Validation and test are without it. For the placement "update".
+    residual_decay: float = 0.0
     smooth_start: float = 0.0  # the strength at which psi smooths the tables at the start
     method: Literal["neumann", "iterative", "exact"] = "neumann"
     rescale: bool = True
@@ -211,6 +216,17 @@ class Config:
             raise ValueError(
                 '`smooth_every` needs an optimizer with SEvo and `placement` "update", got '
                 f"{self.optimizer!r} and {self.placement!r}."
+            )
+        if self.residual_decay and (
+            not self.optimizer.startswith("sevo_")
+            or self.placement != "update"
+            or self.smooth_every > 1
+            or self.average_decay
+        ):
+            raise ValueError(
+                '`residual_decay` needs an optimizer with SEvo, `placement` "update", no '
+                f"`smooth_every` and no `average_decay`, got {self.optimizer!r}, "
+                f"{self.placement!r}, {self.smooth_every} and {self.average_decay}."
             )
         if self.smooth_start and not self.optimizer.startswith("sevo_"):
             raise ValueError(

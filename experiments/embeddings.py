@@ -154,7 +154,7 @@ def trained(
             if not np.isfinite(loss).all():
                 raise FloatingPointError(f"the loss is not finite in epoch {epoch}.")
         if epoch in EPOCHS or epoch == config.epochs:
-            table = np.asarray(state.params[name]["embedding"], np.float64)
+            table = np.asarray(state.evaluated[name]["embedding"], np.float64)
             shape = len(betas), len(seeds), -1, table.shape[-1]
             rows = table[:, table.shape[1] - split.dataset.num_items :]
             yield epoch, rows.reshape(shape)

@@ -79,6 +79,9 @@ class Job:
     """How many hops the smoothing reaches, the paper's L."""
     smooth_every: int | None = None
     """Smooth in every so many steps only, the sum of their updates."""
+    residual_decay: float | None = None
+    """Let gradients see for a while what the smoothing takes from updates: the share of it
+    that stays from step to step, such as 0.998; validation and test are without it."""
     smooth_start: float | None = None
     """Also smooth the tables that training begins with, by this strength in [0, 1); for
     optimizers with SEvo."""
@@ -213,8 +216,8 @@ class Ablate(Job):
 
     name: Positional[str]
     """An ablation: optimizer, approximation, rescale, correction, layers, graph, genres,
-    placement, loss, beta, every, users, distillation; or a study: smoothness, theory, cost,
-    embeddings."""
+    placement, loss, beta, every, residual, users, distillation; or a study: smoothness,
+    theory, cost, embeddings."""
     arms: tuple[str, ...] = ()
     """Only these of the settings, by their names; all by default."""
 

@@ -12,8 +12,10 @@ from sevo_jax.graph import (
 from sevo_jax.optimizers import sevo_adam, sevo_adamw, sevo_sgd
 from sevo_jax.smoothing import smooth, smoothness
 from sevo_jax.transforms import (
+    ResidualState,
     ScaleByCorrectedAdamState,
     SmoothEveryState,
+    eval_params,
     scale_by_corrected_adam,
     sevo,
 )
@@ -21,11 +23,13 @@ from sevo_jax.transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ResidualState",
     "ScaleByCorrectedAdamState",
     "SmoothEveryState",
     "attribute_graph",
     "bipartite_graph",
     "edge_graph",
+    "eval_params",
     "item_graph",
     "knn_graph",
     "normalized_adjacency",

@@ -24,6 +24,7 @@ def sevo_adamw(
     rescale: bool | jax.Array = True,
     isolated: Isolated = "scale",
     every: int | None = None,
+    residual_decay: jax.typing.ArrayLike | None = None,
     correct_moments: bool = True,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -53,6 +54,7 @@ def sevo_adamw(
       rescale: make the coefficients of the smoothing sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
       every: smooth in every so many steps only, see :func:`sevo`; None for each.
+      residual_decay: see :func:`sevo` and :func:`eval_params`; None for the paper's.
       correct_moments: keep the moments of rows without a gradient; False for plain Adam's.
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -107,6 +109,7 @@ def sevo_adamw(
             rescale=rescale,
             isolated=isolated,
             every=every,
+            residual_decay=residual_decay,
         ),
         _add_decayed_weights(_negative_product(learning_rate, weight_decay), mask),
     )
@@ -127,6 +130,7 @@ def sevo_adam(
     rescale: bool | jax.Array = True,
     isolated: Isolated = "scale",
     every: int | None = None,
+    residual_decay: jax.typing.ArrayLike | None = None,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
@@ -154,6 +158,7 @@ def sevo_adam(
       rescale: make the coefficients of the smoothing sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
       every: smooth in every so many steps only, see :func:`sevo`; None for each.
+      residual_decay: see :func:`sevo` and :func:`eval_params`; None for the paper's.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the denominator, outside of the root.
@@ -196,6 +201,7 @@ def sevo_adam(
         rescale=rescale,
         isolated=isolated,
         every=every,
+        residual_decay=residual_decay,
     )
     plain = optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
     return by_table(optax.chain(plain, smoother), plain, adjacency, tables)
@@ -212,6 +218,7 @@ def sevo_sgd(
     rescale: bool | jax.Array = True,
     isolated: Isolated = "scale",
     every: int | None = None,
+    residual_decay: jax.typing.ArrayLike | None = None,
     momentum: jax.typing.ArrayLike = 0.9,
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -237,6 +244,7 @@ def sevo_sgd(
       rescale: make the coefficients of the smoothing sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
       every: smooth in every so many steps only, see :func:`sevo`; None for each.
+      residual_decay: see :func:`sevo` and :func:`eval_params`; None for the paper's.
       momentum: decay of the momentum.
       nesterov: smooth :math:`G_t + \mu M_t` instead.
       weight_decay: strength of the L2 regularisation.
@@ -278,6 +286,7 @@ def sevo_sgd(
         rescale=rescale,
         isolated=isolated,
         every=every,
+        residual_decay=residual_decay,
     )
     plain = optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
     return by_table(optax.chain(plain, smoother), plain, adjacency, tables)

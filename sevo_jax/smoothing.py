@@ -218,11 +218,15 @@ def check_smoothing(
         raise TypeError(
             f"`{function}` takes `rescale` as a bool or an array of one, but got {rescale!r}."
         )
-    if callable(beta) or isinstance(beta, Tracer):
+    if not callable(beta):
+        check_share(function, "beta", beta, "a number, an array or a schedule")
+
+
+def check_share(function: str, name: str, value: Any, kinds: str) -> None:
+    """Refuse what is no number in [0, 1) nor an array of such; a traced one is not known."""
+    if isinstance(value, Tracer):
         return
-    if not (hasattr(beta, "dtype") or isinstance(beta, int | float)):
-        raise TypeError(
-            f"`{function}` takes `beta` as a number, an array or a schedule, but got {beta!r}."
-        )
-    if not np.all((np.asarray(beta) >= 0) & (np.asarray(beta) < 1)):
-        raise ValueError(f"`{function}`: `beta` must lie in [0, 1), got {beta}.")
+    if not (hasattr(value, "dtype") or isinstance(value, int | float)):
+        raise TypeError(f"`{function}` takes `{name}` as {kinds}, but got {value!r}.")
+    if not np.all((np.asarray(value) >= 0) & (np.asarray(value) < 1)):
+        raise ValueError(f"`{function}`: `{name}` must lie in [0, 1), got {value}.")

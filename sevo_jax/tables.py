@@ -17,7 +17,7 @@ def table_groups(params: Any, tables: Tables, num_nodes: int) -> list[list[int]]
     its order. A tree without leaves has no groups, since Optax calls `init` with such
     placeholders; any other tree without a table is an error.
     """
-    paths, leaves = _paths(params)
+    paths, leaves = named_leaves(params)
     if not leaves:
         return []
     if tables is None:
@@ -61,7 +61,7 @@ def table_mask(params: Any, tables: Tables, num_nodes: int) -> Any:
     return treedef.unflatten([i in chosen for i in range(treedef.num_leaves)])
 
 
-def _paths(params: Any) -> tuple[list[str], list[Any]]:
+def named_leaves(params: Any) -> tuple[list[str], list[Any]]:
     """Paths like `item_embedding/embedding`, the same for NNX, Linen and plain dicts."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     paths = []

@@ -13,8 +13,8 @@ from jax.core import Tracer
 
 from sevo_jax.adjacency import Graph, normalized_adjacency
 from sevo_jax.ids import is_integer
-from sevo_jax.smoothing import Isolated, Method, check_smoothing, smooth
-from sevo_jax.tables import Tables, table_groups
+from sevo_jax.smoothing import Isolated, Method, check_share, check_smoothing, smooth
+from sevo_jax.tables import Tables, named_leaves, table_groups
 
 
 def sevo(
@@ -27,6 +27,7 @@ def sevo(
     rescale: bool | jax.Array = True,
     isolated: Isolated = "scale",
     every: int | None = None,
+    residual_decay: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Smooth the updates of embedding tables along a graph; pass all others through.
 
@@ -57,6 +58,8 @@ def sevo(
       rescale: make the coefficients sum to one.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
       every: smooth in every so many steps only, see the note below; None for each step.
+      residual_decay: let gradients see for a while what psi has taken from the updates, see
+        the note below: the share of it that stays from step to step, in [0, 1); None for none.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -88,6 +91,21 @@ def sevo(
       :func:`sevo_adamw`. Under `jit` it has no reverse-mode derivative.
 
     .. note::
+      With `residual_decay` :math:`\rho` what psi removes from an update is added as well, and
+      fades:
+
+      .. math::
+
+        R_t = \rho R_{t-1} + \Delta E_t - \hat\psi(\Delta E_t), \qquad
+        E_t = E_{t-1} + \Delta E_t - (1 - \rho) R_{t-1}
+
+      The table to validate, test and serve is :math:`E_t - R_t`, which :func:`eval_params`
+      returns. It moves by :math:`\hat\psi(\Delta E_t)` as without this, but the gradients are
+      those at :math:`E_t`, where rows differ as their own data have it. It keeps one more
+      table. As with `every`, tables are float32 or wider and nothing after it may rescale the
+      updates.
+
+    .. note::
       One row of NaN spreads to every row within L hops in this update, and in the layout
       `"dense"` to all. Only the row itself keeps it in Adam's moments. `optax.apply_if_finite`
       around the whole optimizer drops such a step before it changes parameters or state.
@@ -103,13 +121,19 @@ def sevo(
             f"`sevo`: `every` must be a positive Python integer below 2**31, got {every!r}. "
             "Under `inject_hyperparams` make it static: `static_args=('num_layers', 'every')`."
         )
+    if residual_decay is not None:
+        check_share("sevo", "residual_decay", residual_decay, "a number or an array")
+        if every > 1:
+            raise ValueError("`sevo` takes `every` or `residual_decay`, but got both.")
     prepared = normalized_adjacency(graph)
 
     def init_fn(params: optax.Params) -> optax.OptState:
         groups = table_groups(params, tables, prepared.num_nodes)
         count = jnp.zeros([], jnp.int32)
         if every > 1:
-            return SmoothEveryState(count, _no_updates(params, groups))
+            return SmoothEveryState(count, _no_updates(params, groups, "every"))
+        if residual_decay is not None:
+            return ResidualState(count, _no_updates(params, groups, "residual_decay"))
         return optax.ScaleByScheduleState(count) if callable(beta) else optax.EmptyState()
 
     def update_fn(
@@ -140,6 +164,8 @@ def sevo(
         groups = table_groups(updates, tables, adjacency.num_nodes)
         if every > 1:
             return _smooth_every(every, psi, groups, updates, state)
+        if residual_decay is not None:
+            return _keep_residual(residual_decay, psi, groups, updates, state)
         leaves, treedef = jax.tree.flatten(updates)
         for group in groups:
             for i, smoothed in zip(group, psi([leaves[i] for i in group]), strict=True):
@@ -158,14 +184,53 @@ class SmoothEveryState(NamedTuple):
     unsmoothed: optax.Updates  # sums since it last did, of tables alone
 
 
-def _no_updates(params: optax.Params, groups: list[list[int]]) -> optax.Updates:
+class ResidualState(NamedTuple):
+    """State of :func:`sevo` with `residual_decay`."""
+
+    count: jax.Array  # shape=(), dtype=int32
+    residual: optax.Updates  # R, of tables alone
+
+
+def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
+    """The parameters to validate, test and serve, where `residual_decay` is in use.
+
+    Args:
+      opt_state: of an optimizer that may hold any number of :func:`sevo`.
+      params: the parameters that it trains.
+
+    Returns:
+      `params` without the residuals that `opt_state` holds, see :func:`sevo`; as they are
+      where it holds none.
+
+    Raises:
+      ValueError: `params` lacks a table that `opt_state` has residuals of.
+    """
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, ResidualState)
+
+    # By their paths, as Flax NNX has its own boxes for the leaves of parameters and states.
+    paths, leaves = named_leaves(params)
+    for state in filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state)):
+        residual = dict(zip(*named_leaves(state.residual), strict=True))
+        if unknown := residual.keys() - set(paths):
+            raise ValueError(
+                f"`params` must be the tree that `opt_state` was made for, but it lacks "
+                f"{sorted(unknown)} of {paths}."
+            )
+        pairs = zip(paths, leaves, strict=True)
+        leaves = [leaf - residual[path] if path in residual else leaf for path, leaf in pairs]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _no_updates(params: optax.Params, groups: list[list[int]], name: str) -> optax.Updates:
     leaves, treedef = jax.tree.flatten(params)
     chosen = set(itertools.chain(*groups))
     for dtype in {jnp.result_type(leaves[i]) for i in chosen}:
         if dtype.itemsize < 4:
             raise TypeError(
-                f"`sevo` with `every` needs tables of float32 or wider, but got {dtype}, which "
-                "rounds away much of the updates whose sum is taken back."
+                f"`sevo` with `{name}` needs tables of float32 or wider, but got {dtype}, "
+                "which rounds away much of the updates whose sum is taken back."
             )
     return treedef.unflatten(
         jnp.zeros_like(p) if i in chosen else optax.MaskedNode() for i, p in enumerate(leaves)
@@ -202,6 +267,26 @@ def _smooth_every(
         for i, u, t in zip(group, *carry, strict=True):
             leaves[i], sums[i] = u, t
     state = SmoothEveryState(count, treedef.unflatten(sums))
+    return treedef.unflatten(leaves), state
+
+
+def _keep_residual(
+    decay: jax.typing.ArrayLike,
+    psi: Callable[[list[jax.Array]], list[jax.Array]],
+    groups: list[list[int]],
+    updates: optax.Updates,
+    state: ResidualState,
+) -> tuple[optax.Updates, ResidualState]:
+    leaves, treedef = jax.tree.flatten(updates)
+    residual = treedef.flatten_up_to(state.residual)
+    for group in groups:
+        new = [leaves[i].astype(residual[i].dtype) for i in group]
+        for i, u, smoothed in zip(group, new, psi(new), strict=True):
+            kept = jnp.asarray(decay, u.dtype) * residual[i]
+            leaves[i] = u - (residual[i] - kept)
+            residual[i] = kept + (u - smoothed)
+    count = jnp.asarray(optax.safe_increment(state.count))
+    state = ResidualState(count, treedef.unflatten(residual))
     return treedef.unflatten(leaves), state
 
 

@@ -199,6 +199,9 @@ PLACEMENTS: dict[str, Factory] = {
     "sevo_adamw_uncorrected": _alias(
         sevo_jax.sevo_adamw, 0.03, correct_moments=False, weight_decay=0.0
     ),
+    "sevo_adamw_residual": _alias(
+        sevo_jax.sevo_adamw, 0.03, residual_decay=0.5, weight_decay=1e-4
+    ),
     "sevo_adamw_every_2": _alias(sevo_jax.sevo_adamw, 0.03, every=2, weight_decay=1e-4),
     "sevo_adam": _alias(sevo_jax.sevo_adam, 0.03, weight_decay=1e-4),
     "sevo_sgd": _alias(sevo_jax.sevo_sgd, 0.03),

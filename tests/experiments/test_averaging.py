@@ -68,6 +68,24 @@ def test_the_cosine_ends_at_zero(optimizer):
             np.testing.assert_allclose(scaled, share * found[0], rtol=1e-4, atol=1e-9)
 
 
+def test_validation_sees_no_residual():
+    """What is kept as the best parameters is the table without what psi takes later."""
+    split = leave_one_out(synthetic(num_users=60, num_items=40, num_communities=3))
+    config = Config(
+        dim=4, num_blocks=1, max_length=8, batch_size=16, epochs=1, residual_decay=0.9
+    )
+    trainer = make_trainer(config, split)
+    state = trainer.init(jax.vmap(jax.random.key)(jnp.arange(2)))
+    state, _ = trainer.epoch(state, 1)
+    kept = trainer.keep_best(state, np.array([True, True])).best_params
+    residual = optax.tree.get(state.opt_state, "residual")["item_embedding"]["embedding"]
+    table = state.params["item_embedding"]["embedding"]
+    assert np.abs(residual).max(axis=(1, 2)).min() > 1e-4
+    np.testing.assert_array_equal(kept["item_embedding"]["embedding"], table - residual)
+    for name in ("position_embedding", "blocks"):
+        jax.tree.map(np.testing.assert_array_equal, kept[name], state.params[name])
+
+
 def test_validation_sees_the_mean():
     """A trained run keeps the mean as its best parameters, for each seed its own."""
     split = leave_one_out(synthetic(num_users=60, num_items=40, num_communities=3))

@@ -85,6 +85,27 @@ def test_nnx_optimizer(solver):
     )
 
 
+def test_nnx_parameters_without_residuals():
+    """As the state of the module and of the optimizer have them."""
+    model = NnxModel(nnx.Rngs(0))
+    solver = sevo_jax.sevo_adamw(0.02, GRAPH, residual_decay=0.9)
+    optimizer = nnx.Optimizer(model, solver, wrt=nnx.Param)
+    for _ in range(3):
+        grads = nnx.grad(lambda model: jnp.mean((model(ITEMS) - 1) ** 2))(model)
+        optimizer.update(model, grads)
+    evaluated = sevo_jax.eval_params(optimizer.opt_state, nnx.state(model, nnx.Param))
+    (residual,) = [r for _, r in optax.tree.get_all_with_path(optimizer.opt_state, "residual")]
+    rows = residual["item_embedding"]["embedding"][...]
+    trained = _dict_params(model)
+    nnx.update(model, evaluated)
+    served = _dict_params(model)
+    assert np.abs(rows).max() > 1e-4
+    np.testing.assert_array_equal(
+        served["item_embedding"]["embedding"], trained["item_embedding"]["embedding"] - rows
+    )
+    np.testing.assert_array_equal(served["layer"]["kernel"], trained["layer"]["kernel"])
+
+
 @each_solver
 def test_nnx_as_pure_functions(solver):
     model = NnxModel(nnx.Rngs(0))

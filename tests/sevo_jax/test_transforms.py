@@ -376,11 +376,120 @@ def test_complex_parameters_get_the_direction_of_optax():
     np.testing.assert_allclose(step, expected, rtol=1e-5)
 
 
-def test_rare_smoothing_of_half_precision_is_refused():
+@pytest.mark.parametrize("decay", [0.0, 0.9, jnp.array([0.9, 0.5])])
+@pytest.mark.parametrize("tables", ["item|user", ("user", "item")])
+def test_residuals_fade_and_are_left_out_of_what_is_evaluated(x64, tables, decay):
+    """The evaluated table moves by psi of each update, the trained one is ahead of it by
+    R_t, the sum of decay^(t - s) (u_s - psi(u_s))."""
+    stacked = isinstance(tables, tuple)
+    graph = random_graph(num_nodes=20 if stacked else 10)
+    paper = sevo_jax.sevo(graph, tables=tables, beta=optax.linear_schedule(0.5, 0.9, 7))
+    solver = sevo_jax.sevo(
+        graph, tables=tables, beta=optax.linear_schedule(0.5, 0.9, 7), residual_decay=decay
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"bias": (2,), "item": (10, 2), "user": (10, 2)}
+    params = smoothed = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    ahead = params
+    states = solver.init(params), paper.init(params)
+    for count in range(1, 8):
+        new = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+        out, state = jax.jit(solver.update)(new, states[0])
+        expected, other = jax.jit(paper.update)(new, states[1])
+        states = state, other
+        params = optax.apply_updates(params, out)
+        smoothed = optax.apply_updates(smoothed, expected)
+        ahead = {name: decay * ahead[name] + (new[name] - expected[name]) for name in new}
+        for name in shapes:
+            evaluated = sevo_jax.eval_params(state, params)[name]
+            np.testing.assert_allclose(evaluated, smoothed[name], rtol=0, atol=1e-12)
+            difference = params[name] - smoothed[name]
+            np.testing.assert_allclose(difference, ahead[name], rtol=0, atol=1e-12)
+        assert state.count == count
+    assert np.abs(ahead["item"]).max() > 0.1 and not ahead["bias"].any()
+
+
+@pytest.mark.parametrize("alias", [sevo_jax.sevo_adamw, sevo_jax.sevo_adam, sevo_jax.sevo_sgd])
+def test_optimizers_without_their_residuals_are_the_papers(alias, x64):
+    """Of a parameter that is no table nothing changes; two chains each have residuals."""
+    graph, params = random_graph(), {"item": jnp.ones((20, 3)), "bias": jnp.ones(3)}
+    grads = jnp.asarray(_sparse_grads(6))
+    results = []
+    for decay in (None, 0.9):
+        solver = optax.chain(
+            alias(0.1, graph, tables="item", residual_decay=decay, weight_decay=0.0),
+            sevo_jax.sevo(graph, tables="item", beta=0.5, residual_decay=decay),
+        )
+        tree, state = params, solver.init(params)
+        for grad in grads:
+            updates = {"item": grad, "bias": grad[0]}
+            updates, state = jax.jit(solver.update)(updates, state, tree)
+            tree = optax.apply_updates(tree, updates)
+        results.append((tree, state))
+    (expected, plain), (trained, state) = results
+    untouched = sevo_jax.eval_params(plain, expected)  # there is nothing to leave out
+    jax.tree.map(np.testing.assert_array_equal, untouched, expected)
+    inner = optax.tree.get_all_with_path(state, "residual")
+    assert len(inner) == 2
+    evaluated = sevo_jax.eval_params(state, trained)
+    np.testing.assert_array_equal(evaluated["bias"], trained["bias"])
+    with pytest.raises(ValueError, match=r"it lacks \['item'\] of \['bias'\]"):
+        sevo_jax.eval_params(state, {"bias": jnp.ones(3)})
+    np.testing.assert_allclose(trained["bias"], expected["bias"], rtol=1e-12)
+    assert np.abs(trained["item"] - expected["item"]).max() > 0.01
+
+
+def test_evaluated_parameters_of_every_smoothing_in_a_chain(x64):
+    """Two graphs, each with a table: each keeps the residuals of its own."""
+    graphs, params = (random_graph(0), random_graph(1)), {"a": jnp.ones((20, 3)), "b": None}
+    params["b"] = 2 * params["a"]
+
+    def solver(decay):
+        return optax.chain(
+            optax.sgd(0.1),
+            sevo_jax.sevo(graphs[0], tables="a", residual_decay=decay),
+            sevo_jax.sevo(graphs[1], tables="b", residual_decay=decay),
+        )
+
+    trained = []
+    for decay in (None, 0.9):
+        tree, state = params, solver(decay).init(params)
+        for grad in jnp.asarray(_sparse_grads(5)):
+            updates, state = solver(decay).update({"a": grad, "b": -grad}, state)
+            tree = optax.apply_updates(tree, updates)
+        trained.append(sevo_jax.eval_params(state, tree))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), *trained)
+
+
+def test_residuals_under_vmap_and_inject_hyperparams():
+    """A sweep over the decay is one program."""
+    decays, table = jnp.array([0.0, 0.5, 0.99]), jnp.ones((20, 3))
+    graph = sevo_jax.normalized_adjacency(random_graph())
+    grads = jnp.asarray(_sparse_grads(4), jnp.float32)
+
+    @jax.jit
+    @jax.vmap
+    def sweep(decay):
+        inject = optax.inject_hyperparams(sevo_jax.sevo_adamw, static_args=("num_layers",))
+        solver = inject(0.1, graph, residual_decay=decay)
+        return _run(solver, grads, table)[0]
+
+    for decay, actual in zip(decays, sweep(decays), strict=True):
+        expected, _ = _run(_sevo_adamw_at(graph, float(decay)), grads, table)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def _sevo_adamw_at(graph, decay):
+    return sevo_jax.sevo_adamw(0.1, graph, residual_decay=decay)
+
+
+@pytest.mark.parametrize("kwargs", [{"every": 2}, {"residual_decay": 0.9}])
+def test_what_is_taken_back_is_refused_in_half_precision(kwargs):
     """Sums of what a bfloat16 table has rounded away would be taken back from it."""
-    solver = sevo_jax.sevo(random_graph(), tables="item", every=2)
+    solver = sevo_jax.sevo(random_graph(), tables="item", **kwargs)
     params = {"item": jnp.ones((20, 2), jnp.bfloat16), "bias": jnp.ones(2, jnp.bfloat16)}
-    with pytest.raises(TypeError, match="`every` needs tables of float32 .* got bfloat16"):
+    (name,) = kwargs
+    with pytest.raises(TypeError, match=f"`{name}` needs tables of float32 .* got bfloat16"):
         solver.init(params)
     solver.init(params | {"item": jnp.ones((20, 2))})  # others may be
 
@@ -475,6 +584,8 @@ class TestNaN:
         ({"every": True}, "`sevo`: `every` must be a positive .* got True"),
         ({"every": 2**31}, "`sevo`: `every` must be a .* below .* got 2147483648"),
         ({"num_layers": True}, "`sevo`: `num_layers` .* got True"),
+        ({"residual_decay": 1.0}, r"`sevo`: `residual_decay` must lie in \[0, 1\), got 1.0"),
+        ({"residual_decay": 0.9, "every": 2}, "`sevo` takes `every` or `residual_decay`"),
     ],
 )
 @pytest.mark.parametrize(
