@@ -118,14 +118,24 @@ def _seen(values: np.ndarray, splits: np.ndarray, num_items: int):
     users = np.repeat(np.arange(len(splits) - 1), np.diff(splits))
     pairs = np.unique(users * num_items + values)
     counts = np.bincount(pairs // num_items, minlength=len(splits) - 1)
-    if counts.max() >= num_items:
-        user = int(counts.argmax())
-        raise ValueError(
-            f"user {user} has trained on all {num_items} items, so no negative can be drawn."
-        )
     seen_splits = np.concatenate([[0], np.cumsum(counts)])
     place = np.arange(len(pairs)) - np.repeat(seen_splits[:-1], counts)
     return pairs % num_items - place, seen_splits
+
+
+def check_negatives(data: TrainData) -> None:
+    """Refuses data in which `draw_negatives` would find nothing to draw for some user.
+
+    It looks at the numbers, so it must be asked outside compiled code.
+    """
+    seen, num_items = np.diff(np.asarray(data.seen_splits)), int(data.num_items)
+    if seen.max() >= num_items:
+        raise ValueError(
+            f"user {seen.argmax()} (counted from 0 in the order of `Dataset.user_ids`) has "
+            f"trained on all {num_items} items, so no negative can be drawn for it; leave it "
+            "out, or take a `loss` that draws none for each user: sampled_softmax or "
+            "cross_entropy."
+        )
 
 
 def epoch_order(

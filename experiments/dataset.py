@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import polars as pl
 
 Repeats = Literal["keep", "first", "last"]
+Order = Literal["timestamp", "position", "file"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,8 @@ class Dataset:
 
     User and item ids are contiguous from 0; `user_ids[u]` and `item_ids[i]` are the ids that
     the source gave them. User u's sequence is `values[row_splits[u]:row_splits[u + 1]]`, and
-    every user has at least one interaction.
+    every user has at least one interaction. `order` says what tells that the last item is the
+    newest: a column of times or of positions, or nothing but the order of the source's rows.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Dataset:
     timestamps: np.ndarray | None = None  # int64 or float64 [num_interactions]
     drops: Mapping[str, int] = field(default_factory=dict)  # reason -> interactions left out
     attributes: Attributes | None = None  # of the items, where the source has any
+    order: Order = "file"  # to be shown, and no part of what a run must agree with
 
     def __post_init__(self) -> None:
         # A frozen dataclass is filled through `object.__setattr__`.
@@ -116,6 +119,10 @@ class Dataset:
                 f"`attributes` must be those of the {self.num_items} items, got "
                 f"{self.attributes.num_items}."
             )
+        if self.order not in get_args(Order):
+            raise ValueError(
+                f"`order` must be one of {', '.join(get_args(Order))}, got {self.order!r}."
+            )
 
     def _checked_timestamps(self, times: np.ndarray) -> np.ndarray:
         if times.dtype.kind not in "iuf":
@@ -125,7 +132,7 @@ class Dataset:
                 f"`timestamps` must be {self.num_interactions} finite numbers, one for each "
                 f"interaction, got shape {times.shape}."
             )
-        backwards = np.diff(times) < 0
+        backwards = times[1:] < times[:-1]  # a difference could overflow
         backwards[self.row_splits[1:-1] - 1] = False  # from one user to the next
         if np.any(backwards):
             user = int(self.users[np.flatnonzero(backwards)[0]])
@@ -133,7 +140,9 @@ class Dataset:
                 f"`timestamps` of user {user} (id {self.user_ids[user]}) decrease; sequences "
                 "are oldest first, and `Dataset.from_interactions` sorts them."
             )
-        return times.astype(np.float64 if times.dtype.kind == "f" else np.int64)
+        if times.dtype.kind == "f":
+            return times.astype(np.float64)
+        return _integers("timestamps", times, np.int64)
 
     @property
     def num_users(self) -> int:
@@ -201,6 +210,7 @@ class Dataset:
                     f"`{key}` must have the {len(user)} rows of `users`, got {array.shape}."
                 )
         by = arrays.get("positions", arrays.get("timestamps"))
+        told: Order = "file" if by is None else "timestamp" if positions is None else "position"
         order = np.argsort(user, kind="stable") if by is None else np.lexsort((by, user))
         times = arrays.get("timestamps")
         return cls(
@@ -212,6 +222,7 @@ class Dataset:
             item_ids=item_ids,
             timestamps=None if times is None else times[order],
             drops=drops or {},
+            order=told,
         )
 
 

@@ -58,11 +58,14 @@ def load(
     Args:
       path: a file, plain or gzip-compressed, or a folder with `interactions.csv.gz`,
         `ratings.dat`, `u.data` or a RecBole `.inter` file in it.
-      format: a key of `FORMATS`; by default the first whose pattern fits the file name.
+      format: a key of `FORMATS`; by default the first whose pattern fits the file name, but
+        `"csv"` for an `interactions.csv` without the columns of that format and for a
+        `ratings_*.csv` with a header.
       columns: names in the file's header by role (`user`, `item`, `position`, `timestamp`,
         `rating`) where they differ from the format's; those named here must be there. Of CSV,
-        TSV and Parquet files, names such as `user_id`, `itemId` and `movieId` are known. Also
-        `attributes`, a column of the items' file, where `item` has the same name if given.
+        TSV, Parquet and RecBole files, names such as `user_id`, `movieId`, `date` and
+        `created_at` are known, if no two are for one role. Also `attributes`, a column of the
+        items' file, where `item` has the same name if given.
       encoding: of text files.
       min_rating: leaves out interactions rated lower.
       repeats: which of a user's interactions with one item to keep; see `drop_repeats`.
@@ -71,8 +74,9 @@ def load(
       items: the items' file, if not the one that `item_files.items_file` finds.
 
     Order: a user's interactions are sorted by `position` if there is one, else by
-    `timestamp`, else kept as in the file; equal keys keep the order of the file. The options
-    apply in the order `min_rating`, `repeats`, `k_core`.
+    `timestamp`, else kept as in the file; equal keys keep the order of the file.
+    `Dataset.order` tells which of the three it was. The options apply in the order
+    `min_rating`, `repeats`, `k_core`.
     """
     path = Path(path).resolve()
     if not path.exists():
@@ -80,21 +84,27 @@ def load(
     name = name or path.name.split(".")[0]
     if path.is_dir():
         path = _file_in(path)
-    format = format or _format_of(path)
-    if format not in FORMATS:
-        raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {format!r}.")
-    chosen = FORMATS[format]
     columns = dict(columns or {})
     of_items = {key: columns[key] for key in ("item", "attributes") if key in columns}
     columns.pop("attributes", None)
+    by_name = format is None
+    format = format or _format_of(path)
+    if format not in FORMATS:
+        raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {format!r}.")
+
+    def opened(format: str) -> Source:
+        names = {**FORMATS[format].columns, **columns}
+        return Source(path, raw, FORMATS[format], names, frozenset(columns), encoding)
+
+    raw = read_bytes(path)
+    if by_name and FORMATS[format].may_be_plain and _is_plain(opened(format)):
+        format = "csv"
+    source, chosen = opened(format), FORMATS[format]
     if (columns and not chosen.header) or not columns.keys() <= set(ROLES):
         raise ValueError(
             f"`columns` must name some of {', '.join(ROLES)} in a format with a header, "
             f"got {columns} with format {format!r}."
         )
-    raw = read_bytes(path)
-    names = {**chosen.columns, **columns}
-    source = Source(path, raw, chosen, names, frozenset(columns), encoding)
     frame, drops = _clean(source, chosen.read(source), min_rating)
     try:
         dataset = Dataset.from_interactions(
@@ -135,6 +145,16 @@ def _format_of(path: Path) -> str:
     )
 
 
+def _is_plain(source: Source) -> bool:
+    """Whether the first line is a header, and not one that the format asks for."""
+    first = source.text().split("\n", 1)[0].rstrip("\r")
+    fields = [field.strip('"').split(":")[0] for field in first.split(",")]
+    if source.format.header:
+        return not {source.columns[role] for role in source.format.required} <= set(fields)
+    numbers = pl.Series(fields).cast(pl.Float64, strict=False)
+    return first != "" and numbers.null_count() == len(fields)
+
+
 def _clean(
     source: Source, table: Table, min_rating: float | None
 ) -> tuple[pl.DataFrame, dict[str, int]]:
@@ -147,7 +167,7 @@ def _clean(
             found = table.frame[role][row]
             source.fail(f"{role}: expected {expected}, found {found!r}.", table.line(row))
 
-    for role in frame.columns:
+    def typed(role: str) -> pl.Series:
         column = frame[role]
         if column.dtype.is_nested():
             source.fail(f"{role}: expected plain values, found {column.dtype}.")
@@ -163,7 +183,15 @@ def _clean(
             check(
                 good, role, "a number" + " or a date (all in one form)" * (role == "timestamp")
             )
-        frame = frame.with_columns(column.alias(role))
+        return column.alias(role)
+
+    for role in frame.columns:
+        try:
+            frame = frame.with_columns(typed(role))
+        except pl.exceptions.PolarsError as error:
+            # Parquet has types that are neither text nor numbers.
+            problem = f"a column of {frame[role].dtype} cannot be read"
+            source.fail(f"{role}: {problem} ({str(error).splitlines()[0]}).")
 
     drops = {}
 
@@ -243,14 +271,17 @@ FORMATS: Mapping[str, Format] = {
         _PLAIN,
         required=frozenset({"user", "item", "position"}),
         integer_ids=True,
+        may_be_plain=True,
     ),
-    "amazon-ratings": Format("ratings_*.csv", read_delimited, _RATED, header=False),
+    "amazon-ratings": Format(
+        "ratings_*.csv", read_delimited, _RATED, header=False, may_be_plain=True
+    ),
     # The 2018 release puts the item first; its names tell nothing, so it has no pattern.
     "amazon-ratings-2018": Format("", read_delimited, _RATED_2018, header=False),
     "amazon-reviews": Format("*.json*", read_json_lines, _REVIEWS, required=_TIMED),
     "movielens": Format("*.dat", read_delimited, _RATED, "::", False, integer_ids=True),
     "movielens-tab": Format("*.data", read_delimited, _RATED, "\t", False, integer_ids=True),
-    "recbole": Format("*.inter", read_delimited, _RECBOLE, "\t"),
+    "recbole": Format("*.inter", read_delimited, _RECBOLE, "\t", any_names=True),
     "csv": Format("*.csv", read_delimited, _PLAIN, any_names=True),
     "tsv": Format("*.tsv", read_delimited, _PLAIN, "\t", any_names=True),
     "parquet": Format("*.parquet", read_parquet, _PLAIN, any_names=True),

@@ -26,6 +26,12 @@ from experiments.run import SELECTION, Progress, Result, check_free, fit
 from experiments.statistics import spread
 from experiments.synthetic import synthetic
 
+ORDERS = {
+    "timestamp": "by timestamp",
+    "position": "by position",
+    "file": "in the order of the file, which has no column that tells another",
+}
+
 
 def train(options: Train, console: Console | None = None) -> list[Result]:
     """Runs `python -m experiments train`."""
@@ -41,6 +47,7 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
     )
     for reason, count in dataset.drops.items():
         console.print(f"left out: {count:,} interactions ({reason})")
+    console.print(f"sequences: {ORDERS[dataset.order]}")
     data = {"name": dataset.name, "items": dataset.num_items, "train": split.num_train}
     name = known_name(dataset.name)
     if name in SIZES and not published_data(data):

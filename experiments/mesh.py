@@ -88,6 +88,9 @@ class Streams:
         self.objective, self.number, self.mesh = objective, number, mesh
         self.num_queries = objective.num_queries
 
+    def check(self, data: TrainData) -> None:
+        self.objective.check(data)
+
     def order(self, key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
         """Windows `[steps, S, ceil(batch_size / S)]`, dealt out to the streams in turn."""
         order = self.objective.order(key, data, batch_size)

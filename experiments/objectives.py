@@ -26,6 +26,10 @@ class Objective(Protocol):
     num_queries: int
     """Slots that ranking adds to a history; it then has room for so many items fewer."""
 
+    def check(self, data: TrainData) -> None:
+        """Refuses data that it cannot draw from; asked once, outside compiled code."""
+        ...
+
     def order(self, key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
         """An epoch's windows, int32 `[steps, batch_size]`; `num_windows` where one is free."""
         ...
@@ -82,6 +86,10 @@ class NextItem:
     def draws_for_each(self) -> bool:
         """Whether each target has negatives of its own."""
         return self.kind in ("bce", "bpr", "gbce")
+
+    def check(self, data: TrainData) -> None:
+        if self.draws_for_each:
+            batching.check_negatives(data)
 
     def order(self, key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
         return batching.epoch_order(key, data, batch_size, self.workers)
@@ -200,6 +208,9 @@ class MaskedItem:
     num_queries = 1
     MASK = 1  # its table row
 
+    def check(self, data: TrainData) -> None:
+        del data  # it draws no negatives
+
     def order(self, key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
         return batching.epoch_order(key, data, batch_size, self.workers)
 
@@ -273,6 +284,9 @@ class UserItem:
 
     workers: int = 1
     num_queries = 0
+
+    def check(self, data: TrainData) -> None:
+        batching.check_negatives(data)
 
     def order(self, key: jax.Array, data: TrainData, batch_size: int) -> jax.Array:
         def drawn(key: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,12 @@ from typing import NamedTuple, NoReturn
 import polars as pl
 
 ROLES = ("user", "item", "position", "timestamp", "rating")
+# Names of columns that tell when something was chosen, as `_role_of` spells them. A duration or
+# a date of the item must not be among them: it would order the sequences, and nobody would see.
+_TIMES = re.compile(
+    r"(unix|utc|event|interaction|order|purchase|rating|review|transaction)*"
+    r"(ts|time|timestamp|date|datetime)|(created|ordered|purchased|rated|reviewed)at"
+)
 
 
 class Table(NamedTuple):
@@ -69,6 +76,7 @@ class Format:
     required: frozenset[str] = frozenset({"user", "item"})
     integer_ids: bool = False
     any_names: bool = False  # for columns that the header lacks, take what `_role_of` knows
+    may_be_plain: bool = False  # many give this name to a table with a header of their own
 
 
 def read_bytes(path: Path) -> bytes:
@@ -201,8 +209,10 @@ def read_id_lines(source: Source) -> Table:
 
 def _role_of(name: str) -> str:
     """The role that a column's name speaks of: `user_id` and `userId` of the user."""
-    name = name.lower().replace("_", "").removesuffix("id")
-    return {"movie": "item", "product": "item", "time": "timestamp"}.get(name, name)
+    name = "".join(filter(str.isalnum, name.lower())).removesuffix("id")
+    if _TIMES.fullmatch(name):
+        return "timestamp"
+    return {"movie": "item", "product": "item"}.get(name, name)
 
 
 def _by_role(
@@ -212,18 +222,22 @@ def _by_role(
 
     `named` are all names in the file, for messages, where `header` is a part of them.
     """
-    series = {}
+    series, taken = {}, {source.columns[role] for role in source.chosen}
     for role, name in source.columns.items():
+        how = f"name it with `columns={{{role!r}: ...}}` (--columns {role} ...)"
         if source.format.any_names and role not in source.chosen and name not in header:
-            likely = [other for other in header if other and _role_of(other) == role]
-            name = likely[0] if len(likely) == 1 else name
+            free = [other for other in dict.fromkeys(header) if other not in taken]
+            likely = [other for other in free if _role_of(other) == role]
+            if len(likely) > 1:
+                problem = f"no column {name!r} for the {role}, but several that could be it"
+                source.fail(f"{problem}: {', '.join(likely)}; {how}.", "line 1")
+            name = likely[0] if likely else name
         if header.count(name) > 1:
             source.fail(f"column {name!r} occurs {header.count(name)} times.", "line 1")
         if name in header:
             series[role] = frame.to_series(header.index(name)).alias(role)
         elif role in source.format.required | source.chosen:
             problem = f"no column {name!r} for the {role}, only {', '.join(named or header)}"
-            how = f"name it with `columns={{{role!r}: ...}}` (--columns {role} ...)"
             source.fail(f"{problem}; {how}.", "line 1")
     frame = pl.DataFrame(series)
     return frame if frame.height else source.fail("no rows after the header.")

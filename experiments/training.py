@@ -14,6 +14,7 @@ from experiments.averaging import averages
 from experiments.batching import TrainData, most_slots
 from experiments.objectives import Objective
 from experiments.ranking import RankingData, rank_targets
+from sevo_jax import eval_params
 
 Params = dict[str, Any]
 
@@ -28,8 +29,9 @@ class TrainState(NamedTuple):
 
     @property
     def evaluated(self) -> Params:
-        """What validation and test see: the parameters, or their mean where one is kept."""
-        return averages(self.opt_state, self.params)
+        """What validation and test see: the parameters, or their mean where one is kept, and
+        without what psi takes from them later."""
+        return averages(self.opt_state, eval_params(self.opt_state, self.params))
 
 
 class Trainer:
@@ -63,6 +65,7 @@ class Trainer:
         context: Any = None,
         touched: bool = False,
     ):
+        objective.check(data)
         self.build = build
         self.graphdef = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0]
         self.optimizer = optax.with_extra_args_support(optimizer)

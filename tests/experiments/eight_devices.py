@@ -46,7 +46,7 @@ OTHERS = {
     "sampled soft-max": replace(
         SASREC, loss="sampled_softmax", num_negatives=16, smooth_every=2
     ),
-    "attributes": replace(SASREC, graph="attributes"),
+    "attributes": replace(SASREC, graph="attributes", residual_decay=0.9),
 }
 
 

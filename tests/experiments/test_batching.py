@@ -13,6 +13,7 @@ from scipy import stats
 from experiments import batching
 from experiments.batching import (
     TrainData,
+    check_negatives,
     draw_negatives,
     epoch_order,
     most_slots,
@@ -107,8 +108,10 @@ def test_bad_input():
         training_data(ragged(SEQUENCES), NUM_ITEMS, max_length=4, windows="all")  # type: ignore
     with pytest.raises(ValueError, match="no user has the two training interactions"):
         training_data(ragged([[1], [], [2]]), NUM_ITEMS, max_length=4)
-    with pytest.raises(ValueError, match="user 1 has trained on all 3 items"):
-        training_data(ragged([[0, 1], [2, 1, 0, 2]]), 3, max_length=4)
+    data = training_data(ragged([[0, 1], [2, 1, 0, 2]]), 3, max_length=4)
+    with pytest.raises(ValueError, match=r"user 1 \(.*\) has trained on all 3 items"):
+        check_negatives(data)
+    check_negatives(data_for("last"))
 
 
 @functools.cache

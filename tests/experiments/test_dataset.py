@@ -136,6 +136,9 @@ def test_arrays_are_read_only_copies():
         (dict(timestamps=[1, 2]), ValueError, "3 finite numbers"),
         (dict(timestamps=[1, 2, np.nan]), ValueError, "3 finite numbers"),
         (dict(timestamps=["a", "b", "c"]), TypeError, "`timestamps` must be numbers"),
+        (dict(timestamps=np.array([3, 2, 1], np.uint32)), ValueError, "user 0 .* decrease"),
+        (dict(timestamps=np.array([0, 1, 2**63], np.uint64)), ValueError, "must fit int64"),
+        (dict(order="time"), ValueError, "`order` must be one of timestamp, .* got 'time'"),
     ],
 )
 def test_bad_datasets_say_what_is_wrong(change, error, message):
@@ -158,6 +161,26 @@ def test_bad_datasets_say_what_is_wrong(change, error, message):
 def test_bad_interactions_say_what_is_wrong(users, items, options, error, message):
     with pytest.raises(error, match=message):
         Dataset.from_interactions(users, items, **options)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint32, np.int64])
+def test_timestamps_far_apart(dtype):
+    """Their differences do not fit the type."""
+    times = np.array([np.iinfo(dtype).min, np.iinfo(dtype).max, np.iinfo(dtype).min], dtype)
+    kept = ragged([1, 2], [3], timestamps=times).timestamps
+    assert kept is not None and kept.dtype == np.int64 and kept.tolist() == times.tolist()
+
+
+def test_the_order_is_no_part_of_the_fingerprint():
+    rows: Any = ([0, 0, 0, 0], [3, 2, 1, 0])
+    places = [1, 2, 3, 4]
+    datasets = [
+        Dataset.from_interactions(*rows),
+        Dataset.from_interactions(*rows, timestamps=places),
+        Dataset.from_interactions(*rows, timestamps=places, positions=places),
+    ]
+    assert [dataset.order for dataset in datasets] == ["file", "timestamp", "position"]
+    assert len({leave_one_out(dataset).fingerprint() for dataset in datasets}) == 1
 
 
 def test_sequence_of_an_unknown_user():

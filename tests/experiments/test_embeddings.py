@@ -12,6 +12,7 @@ from experiments.config import preset
 from experiments.dataset import Attributes, leave_one_out
 from experiments.page import write_page
 from experiments.report import write_report
+from experiments.run import make_trainer, start
 from experiments.synthetic import synthetic
 
 SMALL: dict[str, Any] = {"dim": 4, "batch_size": 64, "epochs": 2}
@@ -97,6 +98,14 @@ def test_smoothing_brings_communities_together():
     np.testing.assert_array_equal(*found[0])  # both betas start alike
     assert np.abs(found[2][0] - found[2][1]).max() > 1e-3
     assert np.abs(found[2][:, 0] - found[2][:, 1]).max() > 1e-3
+
+
+def test_tables_of_stosa_are_the_means():
+    split = leave_one_out(synthetic(num_users=80, num_items=60, num_communities=3))
+    config = preset("stosa", "synthetic", "sevo_adamw", **SMALL, num_heads=1)
+    (first, *_) = [tables for _, tables in embeddings.trained(config, split, (0.9,), (0,))]
+    params = start(make_trainer(config, split), [0]).params
+    np.testing.assert_array_equal(first[0], params["item_mean"]["embedding"][:, 1:])
 
 
 def test_users_and_items_in_one_graph():

@@ -77,7 +77,7 @@ def write(folder: Path, case: Case, content: str | bytes | None = None, end: str
 
 def read(path: Path, case: Case, **options):
     by_name = "2018" in case.format
-    return load(path, format=case.format if by_name else None, **options)
+    return load(path, **{"format": case.format if by_name else None, **options})
 
 
 def fails(path: Path, case: Case, line: int | None, problem: str, **options) -> None:
@@ -311,11 +311,83 @@ def test_lines_are_counted_through_quoted_newlines(tmp_path):
     fails(cut, case, 2, "unexpected end of data")
 
 
-def test_a_header_where_none_belongs(tmp_path):
+@pytest.mark.parametrize("head", [_PLAIN_HEAD, '"userId","movieId","rating","timestamp"\r'])
+def test_ratings_with_a_header(tmp_path, head):
+    """As Kaggle's ratings_small.csv."""
     case = CASES["amazon-ratings"]
-    path = write(tmp_path, case, _PLAIN_HEAD + "\n" + case.text())
-    fails(path, case, 1, "rating: expected a number, found 'rating'")
-    assert load(path, format="csv").num_interactions == 4
+    path = write(tmp_path, case, head + "\n" + case.text())
+    dataset = load(path)
+    assert dataset.num_interactions == 4 and dataset.order == "timestamp"
+    path = write(tmp_path, case, f"who,what,rating,timestamp\n{case.text()}")
+    fails(path, case, 1, "no column 'user' for the user, only who, what")
+    assert load(path, columns={"user": "who", "item": "what"}).num_interactions == 4
+    problem = "rating: expected a number, found 'rating'"
+    fails(path, case, 1, problem, format="amazon-ratings")
+    fails(write(tmp_path, case, "A1,B1,good,5\n"), case, 1, "rating: expected a number")
+
+
+def test_interactions_with_other_columns(tmp_path):
+    """A table of the name that the README gives to any table."""
+    case = CASES["interactions"]
+    path = write(tmp_path, case, "user_id,item_id,timestamp\nu1,a,2\nu1,b,1\n")
+    dataset = load(path)
+    assert dataset.item_ids[dataset.values].tolist() == ["b", "a"]
+    write(tmp_path, case)
+    assert load(tmp_path).item_ids[load(tmp_path).values].tolist() == [6, 5, 6, 5]
+    write(tmp_path, case, "user_id,item_id\nu1,b\nu1,a\n")
+    assert load(tmp_path).item_ids.tolist() == ["a", "b"]
+    fails(path, case, 1, "no column 'user'", format="interactions")
+    # The strict form is told by its columns, whatever the caller says that they are called.
+    write(tmp_path, case, "user,asin,position\n1,x7,0\n")
+    fails(path, case, 2, "item: expected an integer id", columns={"item": "asin"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["date", "Datetime", "unix_timestamp", "unixReviewTime", "review time", "created_at", "ts"],
+)
+@pytest.mark.parametrize("head", ["user_id,item_id", "user_id:token,item_id:token"])
+def test_usual_names_of_the_time(tmp_path, name, head):
+    recbole = ":" in head
+    path = tmp_path / ("log.inter" if recbole else "log.csv")
+    text = f"{head},{name}\n1,5,20\n1,6,10\n"
+    path.write_text(text.replace(",", "\t") if recbole else text)
+    dataset = load(path)
+    assert dataset.timestamps is not None and dataset.timestamps.tolist() == [10, 20]
+    assert dataset.order == "timestamp"
+
+
+@pytest.mark.parametrize("name", ["watch_time", "release_date", "updates", "runtime"])
+def test_what_is_no_time_of_the_interaction(tmp_path, name):
+    path = tmp_path / "log.csv"
+    path.write_text(f"user,item,{name}\n1,6,20\n1,5,10\n")
+    dataset = load(path)
+    assert dataset.timestamps is None and dataset.order == "file"
+
+
+def test_two_columns_that_could_be_the_time(tmp_path):
+    case = CASES["csv"]
+    path = write(tmp_path, case, "user,item,time,time_stamp\n1,5,2,1\n1,6,1,2\n")
+    problem = "no column 'timestamp' for the timestamp, but several that could be it: time, "
+    fails(path, case, 1, problem + "time_stamp; name it with")
+    fails(path, case, 1, "(--columns timestamp ...)")
+    for name, order in (("time", [1, 0]), ("time_stamp", [0, 1])):
+        assert load(path, columns={"timestamp": name}).values.tolist() == order
+    # What has another role by the caller's word is free for no other.
+    dataset = load(path, columns={"position": "time", "rating": "time_stamp"})
+    assert dataset.order == "position" and dataset.timestamps is None
+    # A column of the format's own name leaves no doubt.
+    write(tmp_path, case, "user,item,date,timestamp\n1,5,1,2\n1,6,2,1\n")
+    assert load(path).values.tolist() == [1, 0]
+
+
+def test_the_order_is_told(tmp_path):
+    """And kept by the filters."""
+    for columns, order in ((3, "file"), (4, "timestamp"), (5, "position")):
+        lines = ("user,item,rating,timestamp,position", "1,5,1,1,1", "1,5,1,2,2", "1,6,1,3,3")
+        text = "\n".join(",".join(line.split(",")[:columns]) for line in lines)
+        path = write(tmp_path, CASES["csv"], text)
+        assert load(path).order == load(path, repeats="last", k_core=1).order == order
 
 
 def test_positions(tmp_path):
@@ -350,11 +422,11 @@ def test_good_id_lines(tmp_path):
         assert dataset.values.tolist() == [0, 1, 0, 1]
         assert dataset.row_splits.tolist() == [0, 1, 4]
         assert dataset.user_ids.tolist() == [5, 7] and dataset.item_ids.tolist() == [1, 3]
+    with pytest.raises(ValueError, match="in a format with a header"):
+        load(write(tmp_path, case, text), columns={"user": "id"})
     path = write(tmp_path, case, gzip.compress(b"1 2 3\n2 3 4\n")[:-10], ".gz")
     with pytest.raises(ValueError, match="truncated"):
         load(path)
-    with pytest.raises(ValueError, match="in a format with a header"):
-        load(path, columns={"user": "id"})
 
 
 def test_keys_of_json_lines_that_are_there_are_named(tmp_path):
@@ -399,6 +471,15 @@ def test_parquet_of_decimals(tmp_path):
         (dict(user=[1], item=[1], timestamp=["x"]), "row 1: timestamp: expected a number"),
         (dict(user=[1], item=[1], timestamp=[np.nan]), "row 1: timestamp: expected a number"),
         (dict(user=[], item=[]), "no rows"),
+        (dict(user=[b"\xff"], item=[1]), "user: a column of Binary cannot be read"),
+        (
+            dict(user=[1], item=[1], timestamp=[datetime.timedelta(1)]),
+            "timestamp: a column of Duration.* cannot be read",
+        ),
+        (
+            dict(user=[1], item=[1], timestamp=[datetime.time(1)]),
+            "timestamp: a column of Time cannot be read",
+        ),
     ],
 )
 def test_bad_parquet(tmp_path, columns, problem):

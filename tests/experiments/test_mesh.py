@@ -88,6 +88,7 @@ def test_two_processes_equal_one(tmp_path):
         ("--mesh 1000", "`mesh` must be from 1 to the"),
         ("--num-processes 2", "`num_processes` and `process_id` need a `coordinator`"),
         ("--coordinator auto", "`coordinator` needs a `mesh`"),
+        ("--mesh 1 --coordinator host", "`coordinator` must be HOST:PORT or auto, got 'host'"),
     ],
 )
 def test_bad_options(options, message, capsys):

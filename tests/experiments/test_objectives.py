@@ -9,9 +9,11 @@ from flax import nnx
 
 from experiments.backbones import user_item_graph
 from experiments.batching import training_data
+from experiments.config import preset
 from experiments.dataset import Dataset, Evaluation, leave_one_out
 from experiments.objectives import MaskedItem, NextItem, UserItem
 from experiments.ranking import Histories, collect, ranking_data
+from experiments.run import make_trainer, start
 from experiments.training import Trainer
 from models import MF, STOSA, BERT4Rec, LightGCN, SASRec
 from tests.models.toys import padded, random_params
@@ -106,6 +108,29 @@ def test_masked_loss_is_the_soft_max_over_all_rows():
     counts = np.asarray(batch.weights) > 0
     slots, targets = np.asarray(batch.slots)[counts], np.asarray(batch.targets)[counts]
     np.testing.assert_allclose(loss, -logs[slots, targets].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "draws"),
+    [
+        *[("sasrec", loss, True) for loss in ("bce", "bpr", "gbce")],
+        *[("sasrec", loss, False) for loss in ("sampled_softmax", "cross_entropy")],
+        ("bert4rec", "cross_entropy", False),
+        ("mf", "bpr", True),
+    ],
+)
+def test_a_user_of_all_items(model, loss, draws):
+    """Is refused before training, if negatives are drawn for each user, and trains if not."""
+    dataset = Dataset("toy", np.tile(np.arange(4), 3)[:-1], np.array([0, 6, 11]), 4)
+    sizes = {"dim": 4, "max_length": 6, "batch_size": 2, "num_blocks": 1, "streams": 2}
+    config = preset(model, "synthetic", "adamw", loss=loss, **sizes)
+    if draws:
+        with pytest.raises(ValueError, match=r"user 0 \(.*\) has trained on all 4 items"):
+            make_trainer(config, leave_one_out(dataset))
+        return
+    trainer = make_trainer(config, leave_one_out(dataset))
+    _, losses = trainer.epoch(start(trainer, [0]), 1)
+    assert np.isfinite(losses).all() and (losses > 0).all()
 
 
 def ranks_above(module, objective, context=None):

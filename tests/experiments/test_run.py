@@ -184,6 +184,23 @@ def test_a_run_of_an_earlier_version_may_be_resumed(finished, split, tmp_path):
     fit(TINY, split, (3, 5), tmp_path / "old", source="here", resume=True)
 
 
+def test_a_run_goes_on_wherever_its_data_lies(finished, split, tmp_path):
+    result, folder = finished
+    shutil.copytree(folder, tmp_path / "run")
+    again = fit(TINY, split, (3, 5), tmp_path / "run", source="elsewhere", resume=True)
+    np.testing.assert_array_equal(again.test["NDCG@10"], result.test["NDCG@10"])
+
+
+def test_a_run_does_not_go_on_over_lost_records(finished, split, tmp_path):
+    _, folder = finished
+    shutil.copytree(folder, tmp_path / "run")
+    log = tmp_path / "run" / records.FILE
+    log.write_bytes(lost := log.read_bytes()[:100])
+    with pytest.raises(ValueError, match="has 100 bytes, but had .* Put the lost records back"):
+        fit(TINY, split, (3, 5), tmp_path / "run", source="here", resume=True)
+    assert log.read_bytes() == lost
+
+
 def test_every_setting_has_an_effect_somewhere():
     """`without_effect` names no setting of a model and optimizer that use it."""
     used: Any = (
@@ -397,6 +414,16 @@ def test_data_options_reach_the_loader(tmp_path, split):
         ("ablate theory --seeds 0 0", "`seeds` must be distinct"),
         ("ablate theory --resume", "`resume` is for runs"),
         ("ablate smoothness --schedule cosine", "`smoothness` knows no `schedule`"),
+        ("ablate smoothness --arms a", "`smoothness` has no `arms`, got ('a',)"),
+        ("ablate smoothness --momentum 0.3", "`momentum` changes nothing"),
+        ("ablate embeddings --arms a", "`embeddings` has no `arms`, got ('a',)"),
+        ("ablate users --model mf", "`train_users` of mf must be 1, got 0.1"),
+        ("train --optimizers adamw --residual-decay 0.9", "`residual_decay` changes nothing"),
+        ("train --optimizers sevo_adamw --residual-decay 1.0", "`residual_decay` must be in"),
+        (
+            "train --optimizers sevo_adamw --residual-decay 0.9 --smooth-every 2",
+            "`residual_decay` needs an optimizer with SEvo",
+        ),
         ("report --runs", "`runs` must name at least one folder"),
         ("train --beta 1.5", "`beta` must be in"),
         ("train --epochs -1", "`epochs` must be at least 0"),
@@ -416,6 +443,21 @@ def test_bad_input_ends_with_a_message(options, message, tmp_path, monkeypatch, 
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "resumes"),
+    [("train", True), ("ablate beta", True), ("ablate theory", False), ("report", False)],
+)
+def test_an_interruption_says_what_can_go_on(options, resumes, monkeypatch, capsys):
+    def interrupt(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(options.split())
+    assert stopped.value.code == 130
+    assert ("--resume" in capsys.readouterr().err) == resumes
 
 
 def test_a_record_that_is_not_json_is_named(tmp_path):

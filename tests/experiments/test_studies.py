@@ -144,8 +144,14 @@ def test_cost_of_backbones(tmp_path, monkeypatch):
         assert float(ratio.removesuffix(" %")) / 100 + 1 == pytest.approx(
             sevo / plain, rel=0.05
         )
-    with pytest.raises(ValueError, match="`arms` must be of"):
-        cost.study(replace(options, arms=("gpt",)), tmp_path, Console())
+    for change, message in (
+        ({"arms": ("gpt",)}, "`arms` must be of"),
+        ({"model": "mf"}, "`cost` takes models as `arms` and one seed, got `model` 'mf'"),
+        ({"seeds": (0, 1)}, "`cost` takes models as `arms` and one seed, .* `seeds` .0, 1."),
+        ({"momentum": 0.3}, "`momentum` changes nothing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cost.study(replace(options, **change), tmp_path, Console())
 
 
 def test_a_large_catalogue_is_generated_with_its_edges(monkeypatch):
