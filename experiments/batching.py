@@ -133,8 +133,8 @@ def check_negatives(data: TrainData) -> None:
         raise ValueError(
             f"user {seen.argmax()} (counted from 0 in the order of `Dataset.user_ids`) has "
             f"trained on all {num_items} items, so no negative can be drawn for it; leave it "
-            "out, or take a `loss` that draws none for each user: sampled_softmax or "
-            "cross_entropy."
+            "out, or let a sequence model take a `loss` that draws none for each user: "
+            "sampled_softmax or cross_entropy."
         )
 
 

@@ -29,7 +29,7 @@ from experiments.synthetic import synthetic
 ORDERS = {
     "timestamp": "by timestamp",
     "position": "by position",
-    "file": "in the order of the file, which has no column that tells another",
+    "file": "as the file has them; no column tells another order",
 }
 
 
@@ -47,7 +47,8 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
     )
     for reason, count in dataset.drops.items():
         console.print(f"left out: {count:,} interactions ({reason})")
-    console.print(f"sequences: {ORDERS[dataset.order]}")
+    if options.data != "synthetic":
+        console.print(f"sequences: {ORDERS[dataset.order]}")
     data = {"name": dataset.name, "items": dataset.num_items, "train": split.num_train}
     name = known_name(dataset.name)
     if name in SIZES and not published_data(data):

@@ -355,7 +355,8 @@ def test_train_command_compares_and_draws(csv, tmp_path, capsys):
     with pytest.raises(SystemExit):  # before it trains the other
         cli.main(options.split())
     assert "sevo_adamw holds a run" in capsys.readouterr().err and not (out / "adamw").exists()
-    for text in ("120 users", "sevo_adamw", "gain over adamw", "NDCG@10", "±"):
+    orders = "sequences: by timestamp"
+    for text in ("120 users", orders, "sevo_adamw", "gain over adamw", "NDCG@10", "±"):
         assert text in printed
     for folder in (kept, out / "sevo_adamw"):
         assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
