@@ -122,6 +122,13 @@ def normalized_adjacency(
 #   376k,  16M            302     751                          474
 #   1M,    41M          1,270   3,310                        2,070
 #
+# and of an AMD EPYC (Zen 4):
+#
+#   12k,  0.2M              2       6      16       60           5
+#   160k,  10M            140     494   1,250                  775
+#   376k,  16M            357   1,190                        1,540
+#   1M,    41M          1,240   3,660                        4,710
+#
 # There is no size at which the order turns. On a GPU (NVIDIA H200):
 #
 #   nodes, edges       edges  padded   dense   torch CSR
