@@ -184,20 +184,14 @@ def test_a_run_of_an_earlier_version_may_be_resumed(finished, split, tmp_path):
     fit(TINY, split, (3, 5), tmp_path / "old", source="here", resume=True)
 
 
-def test_a_run_goes_on_wherever_its_data_lies(finished, split, tmp_path):
-    result, folder = finished
-    shutil.copytree(folder, tmp_path / "run")
-    again = fit(TINY, split, (3, 5), tmp_path / "run", source="elsewhere", resume=True)
-    np.testing.assert_array_equal(again.test["NDCG@10"], result.test["NDCG@10"])
-
-
 def test_a_run_does_not_go_on_over_lost_records(finished, split, tmp_path):
+    """It would wherever its data lies now: that is not what stops it."""
     _, folder = finished
     shutil.copytree(folder, tmp_path / "run")
     log = tmp_path / "run" / records.FILE
     log.write_bytes(lost := log.read_bytes()[:100])
     with pytest.raises(ValueError, match="has 100 bytes, but had .* Put the lost records back"):
-        fit(TINY, split, (3, 5), tmp_path / "run", source="here", resume=True)
+        fit(TINY, split, (3, 5), tmp_path / "run", source="elsewhere", resume=True)
     assert log.read_bytes() == lost
 
 
