@@ -113,9 +113,14 @@ def cpu_name() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
+def is_cpu(record: Mapping[str, Any]) -> bool:
+    """Whether a record was measured on a processor, and not on an accelerator."""
+    return "cpu" in record["device"]
+
+
 def machine(record: Mapping[str, Any]) -> str:
     """What a record was measured on, in words: the accelerator, or else the processor."""
-    if "cpu" not in record["device"]:
+    if not is_cpu(record):
         return record["device"]
     return f"{record['cpu']}, {record['cores']} cores"
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import machine
+from benchmarks.measure import is_cpu, machine
 from experiments import records
 
 Record = dict[str, Any]
@@ -57,12 +57,8 @@ def text(found: Iterable[Record]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _is_cpu(record: Record) -> bool:
-    return "cpu" in record["device"]
-
-
 def _judgement(name: str, found: Found) -> list[str]:
-    on_cpu = _is_cpu(next(iter(found.values())))
+    on_cpu = is_cpu(next(iter(found.values())))
     lines = targets(found) if on_cpu else gpu_targets(found)
     return [f"### {name}", _table(("target", "measured", "met"), lines)]
 
@@ -70,7 +66,7 @@ def _judgement(name: str, found: Found) -> list[str]:
 def _tables(name: str, found: Found) -> list[str]:
     """All that was measured on a machine."""
     parts = [f"## On {name}"]
-    if not _is_cpu(next(iter(found.values()))):
+    if not is_cpu(next(iter(found.values()))):
         parts += [
             "Of psi of one table, the time in a program, as in training; a single call from "
             "Python takes some tens of microseconds more. PyTorch's calls wait in the device's "

@@ -34,11 +34,11 @@ def main(args: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        from experiments.study import STUDIES
+        resumes = isinstance(command, Train)
+        if isinstance(command, Ablate):
+            from experiments.study import STUDIES
 
-        resumes = isinstance(command, Train) or (
-            isinstance(command, Ablate) and command.name not in STUDIES
-        )
+            resumes = command.name not in STUDIES
         how = "; the same command with --resume goes on" if resumes else ""
         print(f"\ninterrupted{how}", file=sys.stderr)
         sys.exit(130)

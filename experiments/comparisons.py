@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.config import PRESETS, SEVO_ONLY, Config, Optimizer, known_name, preset
 from experiments.per_user import UserRanks, align, combine, per_user, read_ranks
-from experiments.published import published_data
+from experiments.published import has_other_sizes
 from experiments.report import SEEDS
 from experiments.statistics import (
     SeedTest,
@@ -122,8 +122,8 @@ def missing(runs: Iterable[Run]) -> list[Missing]:
     """The presets, with SEvo-AdamW, AdamW and Adam, that lack seeds."""
     done: dict[object, set[int]] = defaultdict(set)
     for run in runs:
-        name = published_data({"name": run.data, **dict(run.sizes)})
-        done[name or known_name(run.data), run.config] |= run.tests.keys()
+        if not has_other_sizes({"name": run.data, **dict(run.sizes)}):
+            done[known_name(run.data), run.config] |= run.tests.keys()
     found = []
     optimizers: tuple[Optimizer, ...] = ("sevo_adamw", "adamw", "adam")
     for model, data in PRESETS:

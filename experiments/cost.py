@@ -39,7 +39,6 @@ LARGE = {
     "electronics": Size(num_users=728_489, num_items=159_729),
     "clothing": Size(num_users=1_219_337, num_items=376_378),
 }
-_LARGE_IS_OF = "sasrec", "amazon_beauty"  # the model and its preset
 LENGTH = 8  # of every generated sequence, about the mean of Amazon's
 
 
@@ -59,24 +58,20 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
             "`cost` takes models as `arms` and one seed, got `model` "
             f"{options.model!r} and `seeds` {options.seeds}."
         )
-    dataset, split = split_of(options) if set(arms) & {*models} else (None, None)
+    split = split_of(options)[1] if set(arms) & {*models} else None
     configs = {}
     for arm in arms:
-        model, data = (arm, dataset.name) if dataset and arm in models else _LARGE_IS_OF
+        model, data = "sasrec", "amazon_beauty"  # of the large sizes
+        if split and arm in models:
+            model, data = arm, options.preset or split.dataset.name
         # LightGCN does in the network what SEvo does in training.
         names = OPTIMIZERS if model != "lightgcn" else OPTIMIZERS[:1]
-        usual = (options.preset or data) if arm in models else data
-        configs[arm] = [preset(model, usual, name, **options.given_to(name)) for name in names]
+        configs[arm] = [preset(model, data, name, **options.given_to(name)) for name in names]
     options.check_given([config for of_arm in configs.values() for config in of_arm])
     findings = []
-    if dataset and split:
+    if split:
         chosen = {arm: of_arm for arm, of_arm in configs.items() if arm in models}
-        title = (
-            f"Cost on {dataset.name}: medians of {ROUNDS} epochs, and of as many rankings of "
-            "all validation users, with and without SEvo in turns"
-        )
-        head, rows = _backbones(chosen, split, seed, console)
-        findings.append(Finding(title, head, rows))
+        findings.append(_backbones(chosen, split, seed, console))
     if sizes := {arm: of_arm for arm, of_arm in configs.items() if arm in LARGE}:
         findings.append(_large(sizes, console))
     return findings
@@ -84,7 +79,7 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
 
 def _backbones(
     configs: dict[str, list[Config]], split: Split, seed: int, console: Console
-) -> tuple[list[str], list[list[str]]]:
+) -> Finding:
     rows = []
     for model, of_model in configs.items():
         epochs, rankings = _seconds(of_model, split, seed)
@@ -97,7 +92,11 @@ def _backbones(
     for what in ("s/epoch", "s/ranking"):
         head += [f"{what}, AdamW", f"{what}, SEvo", "overhead" if "epoch" in what else "more"]
     head += ["published training, s", "published overhead"]
-    return head, rows
+    title = (
+        f"Cost on {split.dataset.name}: medians of {ROUNDS} epochs, and of as many rankings of "
+        "all validation users, with and without SEvo in turns"
+    )
+    return Finding(title, head, rows)
 
 
 def _pair(seconds: Sequence[float]) -> list[str]:

@@ -20,7 +20,7 @@ from experiments.loaders import load
 from experiments.mesh import make_mesh
 from experiments.options import Job, Train
 from experiments.plots import plot_run
-from experiments.published import SIZES, published, published_data
+from experiments.published import SIZES, has_other_sizes, published
 from experiments.ranking import METRICS
 from experiments.run import SELECTION, Progress, Result, check_free, fit
 from experiments.statistics import spread
@@ -50,8 +50,8 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
     if options.data != "synthetic":
         console.print(f"sequences: {ORDERS[dataset.order]}")
     data = {"name": dataset.name, "items": dataset.num_items, "train": split.num_train}
-    name = known_name(dataset.name)
-    if name in SIZES and not published_data(data):
+    if has_other_sizes(data):
+        name = known_name(dataset.name)
         items, interactions = SIZES[name]
         console.print(
             f"the published runs of {name} have {items:,} items and {interactions:,} "

@@ -380,6 +380,11 @@ def published_data(data: Mapping[str, Any]) -> str | None:
     return name if sizes == SIZES.get(name) else None
 
 
+def has_other_sizes(data: Mapping[str, Any]) -> bool:
+    """Whether `data` is called as that of published runs, but is not the same."""
+    return known_name(data["name"]) in SIZES and published_data(data) is None
+
+
 def published(
     config: Config, data: Mapping[str, Any]
 ) -> dict[str, tuple[float, float | None]] | None:

@@ -41,6 +41,13 @@ def append(path: Path, records: Iterable[dict[str, Any]]) -> int:
         return file.tell()
 
 
+def replace(path: Path, text: str) -> None:
+    """Makes `text` the whole of a file, which stays as it was until that is written."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 class Log:
     """Collects an epoch's records of several seeds and writes them together.
 

@@ -69,10 +69,8 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
             parts += _buckets(group, f"{model} on {data}")
     parts += [*ablations(runs), *studies(kept), END]
     page.parent.mkdir(parents=True, exist_ok=True)
-    # Moved to its place when it is whole: the prose around the tables is nowhere else.
-    temporary = page.with_name(f"{page.name}.tmp")
-    temporary.write_text(before + "\n\n".join(parts) + after, encoding="utf-8")
-    temporary.replace(page)
+    # The prose around the tables is nowhere else.
+    records.replace(page, before + "\n\n".join(parts) + after)
     return len(runs) + len(kept)
 
 

@@ -453,9 +453,7 @@ def _claim(
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path.parent / "item_ids.npy", dataset.item_ids)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(run, indent=2), encoding="utf-8")
-        temporary.replace(path)
+        records.replace(path, json.dumps(run, indent=2))
     sync_global_devices("the folder is made")
 
 

@@ -81,9 +81,7 @@ def run(options: Ablate, console: Console) -> list[Finding]:
         **records.environment(),
         "findings": [finding._asdict() for finding in findings],
     }
-    temporary = out / f"{FILE}.tmp"
-    temporary.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-    temporary.replace(out / FILE)
+    records.replace(out / FILE, json.dumps(kept, indent=1))
     console.print(f"{out / FILE} keeps these tables")
     return findings
 

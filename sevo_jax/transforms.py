@@ -101,9 +101,9 @@ def sevo(
 
       The table to validate, test and serve is :math:`E_t - R_t`, which :func:`eval_params`
       returns. It moves by :math:`\hat\psi(\Delta E_t)` as without this, but the gradients are
-      those at :math:`E_t`, where rows differ as their own data have it. It keeps one more
-      table. As with `every`, tables are float32 or wider and nothing after it may rescale the
-      updates.
+      those at :math:`E_t`, where rows differ as their own data have it, and so is a decoupled
+      weight decay. It keeps one more table. As with `every`, tables are float32 or wider and
+      nothing after it may rescale the updates, nor smooth those of the same table.
 
     .. note::
       One row of NaN spreads to every row within L hops in this update, and in the layout

@@ -68,15 +68,18 @@ def test_the_cosine_ends_at_zero(optimizer):
             np.testing.assert_allclose(scaled, share * found[0], rtol=1e-4, atol=1e-9)
 
 
-def test_validation_sees_no_residual():
-    """What is kept as the best parameters is the table without what psi takes later."""
+def _after_an_epoch(**settings):
+    """A trainer and the state of its two seeds."""
     split = leave_one_out(synthetic(num_users=60, num_items=40, num_communities=3))
-    config = Config(
-        dim=4, num_blocks=1, max_length=8, batch_size=16, epochs=1, residual_decay=0.9
-    )
+    config = Config(dim=4, num_blocks=1, max_length=8, batch_size=16, epochs=1, **settings)
     trainer = make_trainer(config, split)
     state = trainer.init(jax.vmap(jax.random.key)(jnp.arange(2)))
-    state, _ = trainer.epoch(state, 1)
+    return trainer, trainer.epoch(state, 1)[0]
+
+
+def test_validation_sees_no_residual():
+    """What is kept as the best parameters is the table without what psi takes later."""
+    trainer, state = _after_an_epoch(residual_decay=0.9)
     kept = trainer.keep_best(state, np.array([True, True])).best_params
     residual = optax.tree.get(state.opt_state, "residual")["item_embedding"]["embedding"]
     table = state.params["item_embedding"]["embedding"]
@@ -88,13 +91,7 @@ def test_validation_sees_no_residual():
 
 def test_validation_sees_the_mean():
     """A trained run keeps the mean as its best parameters, for each seed its own."""
-    split = leave_one_out(synthetic(num_users=60, num_items=40, num_communities=3))
-    config = Config(
-        dim=4, num_blocks=1, max_length=8, batch_size=16, epochs=1, average_decay=0.9
-    )
-    trainer = make_trainer(config, split)
-    state = trainer.init(jax.vmap(jax.random.key)(jnp.arange(2)))
-    state, _ = trainer.epoch(state, 1)
+    trainer, state = _after_an_epoch(average_decay=0.9)
     kept = trainer.keep_best(state, np.array([True, False])).best_params
     mean, params, before = (
         tree["item_embedding"]["embedding"]

@@ -147,6 +147,22 @@ def test_what_is_missing(runs):
     assert (row.done, row.seeds) == (0, [0, 1, 2, 3, 4])
 
 
+@pytest.mark.parametrize(
+    ("change", "counts"),
+    [({"data": "reviews_Beauty_5"}, True), ({"sizes": (("items", 500),)}, False)],
+)
+def test_what_counts_as_done(runs, change, counts):
+    """The published data by its publisher's name does, other data of the name does not."""
+    held = [run for run in gather(report.tested([runs])) if run.data == "amazon_beauty"]
+    assert held
+    lacking = {
+        (row.config.model, row.config.label)
+        for row in missing(run._replace(**change) for run in held)
+        if row.data == "amazon_beauty"
+    }
+    assert (("sasrec", "sevo_adamw") not in lacking) == counts
+
+
 class Outline(HTMLParser):
     """Checks that tags close in order, and collects what the tests look at."""
 
