@@ -20,7 +20,7 @@ Name = Literal["psi", "seeds", "growth", "step", "epoch", "build", "all", "page"
 LARGE = ("beauty", "electronics", "clothing", "1m")
 # By benchmark its sizes, and how often each is measured unless `--repeats` says otherwise.
 DEFAULTS: dict[str, dict[str, int]] = {
-    "psi": dict(zip(LARGE, (15, 9, 7, 5), strict=True)),
+    "psi": {"small": 15} | dict(zip(LARGE, (15, 9, 7, 5), strict=True)),
     "seeds": {"beauty": 15, "electronics": 3},
     "growth": {"all": 5},
     "step": dict(zip(LARGE, (3, 3, 2, 1), strict=True)),
@@ -39,7 +39,8 @@ class Options:
 
     name: Positional[Name]
     sizes: tuple[str, ...] = ()
-    """`tiny`, `beauty`, `electronics`, `clothing`, `1m`; of `build` `1M`, `10M`, `100M`."""
+    """`tiny`, `small`, `beauty`, `electronics`, `clothing`, `1m`; of `build` `1M`, `10M` and
+    `100M`."""
     data: Path | None = None
     """The folder of Amazon Beauty; without it, a generated log of its size."""
     repeats: int | None = None

@@ -28,6 +28,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "tiny": Size(2_000, 1_500),  # to try a command out
+    "small": Size(3_416, 25_000),  # about MovieLens-1M: 0.3 million directed edges
     "beauty": Size(12_101, 15_900),  # the real one with `--data`
     "electronics": Size(159_729, 722_000),  # 10 million directed edges
     "clothing": Size(376_378, 1_154_000),  # 16 million

@@ -11,7 +11,7 @@ from experiments import records
 
 Record = dict[str, Any]
 Found = dict[tuple[str, str], Record]  # by benchmark and size
-ORDER = ("tiny", "beauty", "electronics", "clothing", "1m", "1M", "10M", "100M")
+ORDER = ("tiny", "small", "beauty", "electronics", "clothing", "1m", "1M", "10M", "100M")
 LARGE = ("electronics", "clothing", "1m")  # 10 million edges and more
 SIZES = ("beauty", *LARGE)
 EPOCHS, RANKINGS = 200, 41  # of a whole training on Beauty

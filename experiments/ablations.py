@@ -6,7 +6,6 @@ moment correction) train in one compiled program; others form a program each.
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import study
-from experiments.backbones import SWEPT
+from experiments.backbones import fixed
 from experiments.config import Config, Loss, preset
 from experiments.distillation import TEACHER, distillation
 from experiments.main_job import show, split_of
@@ -184,8 +183,7 @@ def programs(arms: dict[str, Config]) -> list[dict[str, Config]]:
     """Groups arms that can share a compiled program, in the order of their first ones."""
     groups: dict[tuple, dict[str, Config]] = {}
     for label, config in arms.items():
-        fixed = tuple((k, v) for k, v in asdict(config).items() if k not in SWEPT)
-        groups.setdefault(fixed, {})[label] = config
+        groups.setdefault(tuple(fixed(config).items()), {})[label] = config
     return list(groups.values())
 
 

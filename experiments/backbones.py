@@ -1,7 +1,7 @@
 """The models, objectives and optimizers that a `Config` names: one entry a backbone."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -186,7 +186,20 @@ def windows_per_step(config: Config, data: TrainData) -> int:
 
 
 # Settings of the optimizer that a sweep may vary within one compiled program.
-SWEPT = ("learning_rate", "weight_decay", "beta", "rescale", "correct_moments")
+SWEPT = (
+    "learning_rate",
+    "weight_decay",
+    "beta",
+    "rescale",
+    "correct_moments",
+    "residual_decay",
+)
+
+
+def fixed(config: Config) -> dict[str, Any]:
+    """What all runs of one compiled program share: settings, and whether a residual is kept."""
+    settings = {name: value for name, value in asdict(config).items() if name not in SWEPT}
+    return settings | {"has a residual": config.residual_decay > 0}
 
 
 def make_optimizer(
@@ -207,8 +220,8 @@ def make_optimizer(
         values = {name: getattr(config, name) for name in SWEPT}
         return _optimizer(config, graph, steps_per_epoch, **values)
 
-    def build(learning_rate, weight_decay, beta, rescale, correct_moments):
-        traced = learning_rate, weight_decay, beta, rescale, correct_moments
+    def build(learning_rate, weight_decay, beta, rescale, correct_moments, residual_decay):
+        traced = learning_rate, weight_decay, beta, rescale, correct_moments, residual_decay
         return _optimizer(config, graph, steps_per_epoch, *traced)
 
     injected = optax.inject_hyperparams(
@@ -233,6 +246,7 @@ def _steps(
     beta: Any,
     rescale: Any,
     correct_moments: Any,
+    residual_decay: Any,
 ) -> optax.GradientTransformation:
     adam: Any = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     rate, decay = learning_rate, weight_decay
@@ -250,7 +264,7 @@ def _steps(
         "rescale": rescale,
         "isolated": config.isolated,
         "every": config.smooth_every,
-        "residual_decay": config.residual_decay or None,
+        "residual_decay": residual_decay if config.residual_decay else None,
     }
     plain = {
         "adamw": lambda: optax.adamw(rate, weight_decay=decay, **adam),
@@ -266,7 +280,8 @@ def _steps(
         return optax.chain(sevo(graph, **psi), plain[base]())
     first: list[optax.GradientTransformation] = []
     if config.placement == "both":
-        first = [sevo(graph, **psi)]
+        # The residual is that of what is added to the tables, which the gradient is not.
+        first = [sevo(graph, **psi | {"residual_decay": None})]
     elif config.placement == "switch":
         steps = round(config.switch_at * config.epochs * steps_per_epoch)
         # At beta 0 psi is the identity.

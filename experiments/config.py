@@ -219,13 +219,13 @@ class Config:
             )
         if self.residual_decay and (
             not self.optimizer.startswith("sevo_")
-            or self.placement != "update"
+            or self.placement not in ("update", "both")
             or self.smooth_every > 1
             or self.average_decay
         ):
             raise ValueError(
-                '`residual_decay` needs an optimizer with SEvo, `placement` "update", no '
-                f"`smooth_every` and no `average_decay`, got {self.optimizer!r}, "
+                '`residual_decay` needs an optimizer with SEvo, `placement` "update" or '
+                f'"both", no `smooth_every` and no `average_decay`, got {self.optimizer!r}, '
                 f"{self.placement!r}, {self.smooth_every} and {self.average_decay}."
             )
         if self.smooth_start and not self.optimizer.startswith("sevo_"):

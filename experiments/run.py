@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from experiments import records
 from experiments.backbones import (
     BACKBONES,
     SWEPT,
+    fixed,
     make_graph,
     make_optimizer,
     prepare,
@@ -269,9 +270,11 @@ def fit_sweep(
         if any(getattr(other, name) != getattr(config, name) for other in others)
     ]
     for name, other in configs.items():
-        same = {name: getattr(config, name) for name in swept}
-        if replace(other, **same) != config:
-            raise ValueError(f"`configs` may differ in {SWEPT} alone, but {name!r} does not.")
+        if fixed(other) != fixed(config):
+            raise ValueError(
+                f"`configs` may differ in {SWEPT} alone, and all or none of them may have a "
+                f"`residual_decay`, but {name!r} does not."
+            )
     split = split.with_train_users(config.train_users)  # what the records shall count
     trainer = make_trainer(config, split, swept, mesh=mesh, teacher=teacher)
     parts = [split.evaluation("valid"), split.evaluation("test")]

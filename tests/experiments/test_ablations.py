@@ -33,10 +33,13 @@ def split():
 
 @pytest.fixture(scope="module")
 def arms():
+    usual = replace(TINY, residual_decay=0.5)
     return {
-        "paper": TINY,
-        "beta": replace(TINY, beta=0.5, learning_rate=0.01),
-        "plain": replace(TINY, correct_moments=False, rescale=False, weight_decay=0.0),
+        "usual": usual,
+        "beta": replace(usual, beta=0.5, learning_rate=0.01),
+        "plain": replace(
+            usual, correct_moments=False, rescale=False, weight_decay=0.0, residual_decay=0.9
+        ),
     }
 
 
@@ -92,18 +95,21 @@ def test_a_sweep_resumes(split, arms, sweep):
 def test_a_sweep_never_goes_on_from_other_settings(split, arms, sweep):
     """Neither for arms that its checkpoint lacks, nor for fewer than it holds."""
     folder, _ = sweep
-    for other in ({"new": replace(TINY, beta=0.1)}, {**arms, "new": replace(TINY, beta=0.1)}):
+    new = {"new": replace(TINY, beta=0.1, residual_decay=0.5)}
+    for other in (new, arms | new):
         for resume in (False, True):
             with pytest.raises(ValueError, match="holds checkpoints of other settings"):
                 fit_sweep(other, split, [3, 4], folder, resume=resume)
     with pytest.raises(ValueError, match="holds a run with other settings: .*together"):
-        fit_sweep({"paper": TINY}, split, [3, 4], folder, resume=True)
+        fit_sweep({"usual": arms["usual"]}, split, [3, 4], folder, resume=True)
     assert not (folder / "new").exists()
 
 
 def test_a_sweep_varies_traced_settings_alone(split, arms, tmp_path):
     with pytest.raises(ValueError, match="'wide' does not"):
-        fit_sweep(arms | {"wide": replace(TINY, dim=8)}, split, [0], tmp_path)
+        fit_sweep({"paper": TINY, "wide": replace(TINY, dim=8)}, split, [0], tmp_path)
+    with pytest.raises(ValueError, match="all or none .* 'paper' does not"):
+        fit_sweep(arms | {"paper": TINY}, split, [0], tmp_path)
     with pytest.raises(ValueError, match="swept"):
         make_optimizer(TINY, None, ["dim"])
 
@@ -138,15 +144,17 @@ def test_ablations_are_valid_and_share_programs(name):
         map(len, groups)
     ) == len(arms)
     for group in groups:
-        fixed = [
+        shared = [
             {k: v for k, v in asdict(config).items() if k not in SWEPT}
             for config in group.values()
         ]
-        assert all(one == fixed[0] for one in fixed)
+        assert all(one == shared[0] for one in shared)
     if name in ("rescale", "correction"):
         assert len(groups) == 1
     if name == "approximation":
         assert len(groups) == 2  # one for each method, over all beta
+    if name == "residual":
+        assert len(groups) == 3  # without SEvo, without a residual, and over all decays
 
 
 @pytest.mark.parametrize("model", ["sasrec", "stosa"])
