@@ -137,10 +137,14 @@ def normalized_adjacency(
 #   376k,  16M           3.1     4.4                 4.3
 #   1M,    41M          10.4    12.0                12.3
 #
-# At 10 and 16 million edges `edges` moves as many bytes a second as a copy of memory. A few
-# thousand nodes, where `dense` might be ahead, have not been timed. Nor has a TPU: for a v5e,
-# by the compiler's account, `edges` moves 73 MB with 3,400 nodes and 0.7M edges and 187 MB with
-# 20,000 and 0.36M, where `dense` moves 341 MB and 4.9 GB.
+# and of another (NVIDIA H100):
+#
+#   3.4k, 0.3M          .098     .15     .18         .17
+#   12k,  0.2M          .056     .14     1.8         .20
+#
+# At 10 and 16 million edges `edges` moves as many bytes a second as a copy of memory. No TPU
+# has been timed: for a v5e, by the compiler's account, `edges` moves 73 MB with 3,400 nodes and
+# 0.7M edges and 187 MB with 20,000 and 0.36M, where `dense` moves 341 MB and 4.9 GB.
 _FASTEST: dict[str, tuple[Layout, ...]] = {"cpu": ("compiled", "rows"), "other": ("edges",)}
 # Rows stay in the order of the table. Ordered by degree or by Cuthill and McKee's algorithm,
 # psi takes 94 to 107 % of the time on the first three graphs in these two layouts, and the
