@@ -138,7 +138,7 @@ def residual(make: Make) -> dict[str, Config]:
     """How long gradients see what psi takes from the updates; "none" is the paper's."""
     return {"adamw": make("adamw"), "none": make("sevo_adamw")} | {
         f"decay {decay}": make("sevo_adamw", residual_decay=decay)
-        for decay in (0.9, 0.98, 0.998, 0.9998)
+        for decay in (0.9, 0.98, 0.995, 0.998, 0.999, 0.9998)
     }
 
 
