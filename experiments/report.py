@@ -112,9 +112,9 @@ def made_of(kept: dict[str, Any]) -> str:
 def keep(folders: Iterable[str | Path], into: str | Path) -> None:
     """Copies tested runs' records below `into`, thinned so that a repository can hold them.
 
-    Tests stay whole, but for the folders that the data lay in; of the curves, epochs 1, 5, 10
-    and every 20th stay. These and the buckets leave out the settings, which each test repeats.
-    A run `DATA-MODEL/OPTIMIZER` becomes one file of that name, and so does an arm of an
+    Tests stay whole, but for the folders that the data lay in; of curves of more than 30
+    epochs, 1, 5, 10 and every 20th stay. These and the buckets leave out the settings, which
+    each test repeats. A run `DATA-MODEL/OPTIMIZER` becomes one file of that name, and so does an arm of an
     ablation. Seeds of one configuration and dataset that were trained apart, in folders of
     these names, are joined, and so are those that are kept already. Studies are copied with
     their pictures, in place of older ones of the same command.
@@ -151,7 +151,8 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
         temporary = target.with_suffix(".tmp")
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
-        records.append(temporary, filter(None, map(_thin, run)))
+        short = max(r["epoch"] for r in run) <= 30
+        records.append(temporary, (_slim(r) for r in run if short or _stays(r)))
         temporary.replace(target)
 
 
@@ -233,12 +234,15 @@ def _holds_records(path: Path) -> bool:
     return isinstance(record, dict) and "kind" in record
 
 
-def _thin(record: dict[str, Any]) -> dict[str, Any] | None:
+def _stays(record: dict[str, Any]) -> bool:
+    return record["kind"] not in ("epoch", "valid") or (
+        record["epoch"] in (1, 5, 10) or record["epoch"] % 20 == 0
+    )
+
+
+def _slim(record: dict[str, Any]) -> dict[str, Any]:
     if "test" in record["kind"]:
         return record | {"data": _without_folders(record["data"])}
-    bucket = record["kind"] == "bucket"
-    if not bucket and record["epoch"] not in (1, 5, 10) and record["epoch"] % 20:
-        return None
     names = (
         "kind",
         "seed",

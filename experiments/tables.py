@@ -157,25 +157,27 @@ def bucket_tables(runs: Iterable[Records]) -> Iterator[tuple[str, Table]]:
     """Who gains: test NDCG@10 by popularity of the target and by length of the history.
 
     Yields a caption and a table with a column for each run, the mean over its seeds. Runs that
-    were tested on other targets than the first are left out.
+    were tested on other targets than the first are left out. A seed that was run on two devices
+    counts once, as in the run with more seeds.
     """
     runs = list(runs)
     for by, what in _BUCKETS.items():
-        columns: dict[str, dict[tuple[int, int, int], list[float]]] = {}
+        columns: dict[str, dict[tuple[int, int, int], dict[int, float]]] = {}
         for run in runs:
-            found = defaultdict(list)
+            found = defaultdict(dict)
             for r in run:
                 if r["kind"] == "bucket" and r["by"] == by:
-                    found[r["low"], r["high"], r["targets"]].append(r["NDCG@10"])
+                    found[r["low"], r["high"], r["targets"]][r["seed"]] = r["NDCG@10"]
             if found and set(found) == set(next(iter(columns.values()), found)):
-                column = columns.setdefault(name_of(run), defaultdict(list))
+                column = columns.setdefault(name_of(run), defaultdict(dict))
                 for span, scores in found.items():  # a run may have several files
-                    column[span] += scores
+                    more, fewer = sorted((column[span], scores), key=len, reverse=True)
+                    column[span] = fewer | more
         if not columns:
             continue
         rows = []
         for low, high, targets in sorted(next(iter(columns.values()))):
-            scores = [spread(found[low, high, targets]) for found in columns.values()]
+            scores = [spread(found[low, high, targets].values()) for found in columns.values()]
             span = f"{low} to {high}" if low < high else str(low)
             rows.append([span, f"{targets:,}", *scores])
         yield f"Test NDCG@10 by {what}", Table([what, "targets", *columns], rows)

@@ -106,6 +106,19 @@ def test_kept_records_give_the_same_table(runs, tmp_path):
     assert pages[0].read_text() == pages[1].read_text()
 
 
+@pytest.mark.parametrize(("last", "kept"), [(30, list(range(31))), (31, [0, 1, 5, 10, 20])])
+def test_long_curves_are_thinned(last, kept, runs, tmp_path):
+    path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
+    with path.open("a") as file:
+        for epoch in range(last + 1):
+            line = {"kind": "valid", "seed": 1, "epoch": epoch, "seconds": 5, "NDCG@10": 0.1}
+            file.write(json.dumps(line) + "\n")
+    keep([runs], tmp_path / "results")
+    (file,) = (tmp_path / "results").rglob("*.jsonl")
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [r["epoch"] for r in found if r["kind"] == "valid" and r["seed"] == 1][1:] == kept
+
+
 def test_seeds_that_were_trained_apart_are_kept_together(runs, tmp_path):
     path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -372,3 +385,12 @@ def test_who_gains(runs, tmp_path):
     again = tmp_path / "AGAIN.md"
     write_report([tmp_path / "kept"], again)
     assert again.read_text() == text
+    # On another device one of the seeds was run as well: in the table it is one seed still.
+    other = tmp_path / "another" / "beauty-sasrec" / "sevo_adamw"
+    other.mkdir(parents=True)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    first = [line | {"NDCG@10": 0.9} for line in lines if line["seed"] == 0]
+    (other / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in first))
+    for folders in ([runs, other], [other, runs]):
+        write_report(folders, page)
+        assert "| 0 | 1,000 | 0.3000 ± 0.1414 |" in page.read_text()
