@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sevo_jax import native
-from sevo_jax.ids import bad_weight, check_count
+from sevo_jax.ids import bad_weight, check_choice, check_count
 from sevo_jax.layouts import Adjacency, Dense, Edges, Rows
 from sevo_jax.padded import Padded
 
@@ -83,13 +83,14 @@ def normalized_adjacency(
             "`normalized_adjacency` takes a `jraph.GraphsTuple` or a prepared adjacency, but "
             f"got {type(graph).__name__}. `item_graph` makes one from sequences."
         )
-    if layout not in ("auto", *LAYOUTS):
-        raise ValueError(
-            f"`normalized_adjacency`: unknown `layout` {layout!r}, valid are "
-            f"{('auto', *LAYOUTS)}."
-        )
+    check_choice("normalized_adjacency", "layout", layout, ("auto", *LAYOUTS))
     receivers, senders, weights, num_nodes = _edges(graph)
     degree = np.bincount(receivers, weights, minlength=num_nodes)
+    if not np.isfinite(degree).all():
+        raise ValueError(
+            "`normalized_adjacency`: the weights of node "
+            f"{np.argmin(np.isfinite(degree))} add up to infinity; scale all weights down."
+        )
     scale = np.divide(1, np.sqrt(degree), out=np.zeros(num_nodes), where=degree > 0)
     weights = weights * scale[receivers] * scale[senders]
     if (np.diff(receivers) < 0).any():
@@ -168,6 +169,11 @@ def _edges(graph: jraph.GraphsTuple) -> tuple[np.ndarray, np.ndarray, np.ndarray
         raise ValueError(
             f"`normalized_adjacency` takes a graph with nodes, but `n_node` is {graph.n_node}."
         )
+    if graph.edges is None:
+        raise ValueError(
+            "`normalized_adjacency` takes a graph with weights, but `edges` is None. "
+            "`edge_graph` gives edges the weight 1."
+        )
     receivers, senders = np.asarray(graph.receivers), np.asarray(graph.senders)
     weights = np.asarray(graph.edges)
     if not receivers.shape == senders.shape == weights.shape == (weights.size,):
@@ -176,7 +182,7 @@ def _edges(graph: jraph.GraphsTuple) -> tuple[np.ndarray, np.ndarray, np.ndarray
             f"[num_edges], but got {weights.shape}, {senders.shape} and {receivers.shape}."
         )
     for name, ids in (("receivers", receivers), ("senders", senders)):
-        if ids.dtype.kind not in "iu":
+        if len(ids) and ids.dtype.kind not in "iu":  # of none, NumPy makes floats
             raise TypeError(f"`normalized_adjacency`: `{name}` are {ids.dtype}, not integers.")
         if len(ids) and not 0 <= ids.min() <= ids.max() < num_nodes:
             raise ValueError(

@@ -31,6 +31,11 @@ def compile_library() -> Path:
       RuntimeError: there is no compiler, or it fails; with what it said.
     """
     path = library()
+    if not path.is_absolute():
+        raise RuntimeError(
+            f"Found no folder for the library: {path} is relative. Set XDG_CACHE_HOME, as this "
+            "user has no home folder."
+        )
     if path.exists():
         return path
     compiler = find_compiler()

@@ -276,8 +276,9 @@ def knn_graph(embeddings: ArrayLike, k: int = 10) -> jraph.GraphsTuple:
         norm = np.linalg.norm(table, order, axis=1, keepdims=True)
         table = np.divide(table, norm, out=np.zeros_like(table), where=norm > 0)
     keys, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-    for start in range(0, num_nodes if k > 0 else 0, 1024):
-        similarity = table[start : start + 1024] @ table.T
+    rows = max(1, _BLOCK // max(1, num_nodes))
+    for start in range(0, num_nodes if k > 0 else 0, rows):
+        similarity = table[start : start + rows] @ table.T
         row = np.arange(start, start + len(similarity))[:, None]
         np.put_along_axis(similarity, row, -np.inf, axis=1)
         column = np.argpartition(similarity, -k, axis=1)[:, -k:]

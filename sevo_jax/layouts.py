@@ -125,7 +125,8 @@ def _segment_sum(adjacency: Edges, x: jax.Array) -> jax.Array:
 
 
 def _sum(adjacency: Edges, x: jax.Array) -> jax.Array:
-    messages = adjacency.weights.astype(x.dtype)[:, None] * adjacency.sent(x)[adjacency.senders]
+    sent = adjacency.sent(x)[adjacency.senders].astype(x.dtype)
+    messages = adjacency.weights.astype(x.dtype)[:, None] * sent
     return jax.ops.segment_sum(
         messages, adjacency.receivers, adjacency.num_nodes, indices_are_sorted=True
     )
@@ -181,7 +182,8 @@ def _add_chunks(
 
     def add(y: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         row, column, weight = chunk
-        return y.at[row].add(weight[:, None] * x[column], indices_are_sorted=True), None
+        message = weight[:, None] * x[column].astype(weight.dtype)
+        return y.at[row].add(message, indices_are_sorted=True), None
 
     entries = (
         chunks(rows, num_nodes - 1),

@@ -44,7 +44,8 @@ def _processor() -> str:
 
 def is_built() -> bool:
     """Whether the command has been run, and for what is installed now."""
-    return os.path.exists(library())
+    path = library()
+    return path.is_absolute() and path.exists()
 
 
 def _register(path: Path) -> None:

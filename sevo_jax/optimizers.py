@@ -9,7 +9,7 @@ import optax
 from sevo_jax.adjacency import Graph, normalized_adjacency
 from sevo_jax.layouts import Adjacency
 from sevo_jax.smoothing import Isolated, Method
-from sevo_jax.tables import Tables, table_mask
+from sevo_jax.tables import Tables, is_stack, table_mask
 from sevo_jax.transforms import scale_by_corrected_adam, sevo
 
 
@@ -42,7 +42,7 @@ def sevo_adamw(
     for each table :math:`E`, where :math:`\eta` is `learning_rate`, :math:`\lambda` is
     `weight_decay`, :math:`\hat\psi` is :func:`smooth`, and :math:`\hat M, \hat V` are the
     moments of :func:`scale_by_corrected_adam`. The decay is not smoothed and reaches every
-    row, padding and cold items too. All other parameters get `optax.adamw`.
+    row, padding and cold items too. All other parameters get `optax.adamw`'s steps.
 
     Args:
       learning_rate: a float, a traced value or a schedule.
@@ -94,29 +94,23 @@ def sevo_adamw(
     References:
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
     """
-    adjacency = normalized_adjacency(graph)
     moments = scale_by_corrected_adam if correct_moments else optax.scale_by_adam
-    smoothed = optax.chain(
-        moments(b1=b1, b2=b2, eps=eps),
-        # Before psi, which commutes with it: sums over steps have to hold their own rates.
-        optax.scale_by_learning_rate(learning_rate),
-        sevo(
-            adjacency,
-            tables=tables,
-            beta=beta,
-            num_layers=num_layers,
-            method=method,
-            rescale=rescale,
-            isolated=isolated,
-            every=every,
-            residual_decay=residual_decay,
-        ),
-        _add_decayed_weights(_negative_product(learning_rate, weight_decay), mask),
+    rate = optax.scale_by_learning_rate(learning_rate)
+    steps = _smoothed_steps(
+        optax.chain(moments(b1=b1, b2=b2, eps=eps), rate),
+        optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), rate),
+        graph,
+        tables,
+        beta=beta,
+        num_layers=num_layers,
+        method=method,
+        rescale=rescale,
+        isolated=isolated,
+        every=every,
+        residual_decay=residual_decay,
     )
-    plain = optax.adamw(
-        learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask
-    )
-    return by_table(smoothed, plain, adjacency, tables)
+    decay = _add_decayed_weights(_negative_product(learning_rate, weight_decay), mask)
+    return optax.chain(steps, decay)
 
 
 def sevo_adam(
@@ -187,14 +181,16 @@ def sevo_adam(
     References:
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
     """
-    adjacency = normalized_adjacency(graph)
-    direction = optax.chain(
+    step = optax.chain(
         _l2(weight_decay),
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        optax.scale_by_learning_rate(learning_rate),
     )
-    smoother = sevo(
-        adjacency,
-        tables=tables,
+    return _smoothed_steps(
+        step,
+        step,
+        graph,
+        tables,
         beta=beta,
         num_layers=num_layers,
         method=method,
@@ -203,8 +199,6 @@ def sevo_adam(
         every=every,
         residual_decay=residual_decay,
     )
-    plain = optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
-    return by_table(optax.chain(plain, smoother), plain, adjacency, tables)
 
 
 def sevo_sgd(
@@ -272,14 +266,16 @@ def sevo_sgd(
     References:
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
     """
-    adjacency = normalized_adjacency(graph)
-    direction = optax.chain(
+    step = optax.chain(
         _l2(weight_decay),
         optax.trace(decay=momentum, nesterov=nesterov),
+        optax.scale_by_learning_rate(learning_rate),
     )
-    smoother = sevo(
-        adjacency,
-        tables=tables,
+    return _smoothed_steps(
+        step,
+        step,
+        graph,
+        tables,
         beta=beta,
         num_layers=num_layers,
         method=method,
@@ -288,8 +284,26 @@ def sevo_sgd(
         every=every,
         residual_decay=residual_decay,
     )
-    plain = optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
-    return by_table(optax.chain(plain, smoother), plain, adjacency, tables)
+
+
+def _smoothed_steps(
+    step: optax.GradientTransformation,
+    plain: optax.GradientTransformation,
+    graph: Graph,
+    tables: Tables,
+    **smoothing: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """The first and psi for the tables, the second for the other parameters.
+
+    Psi comes after the learning rate, with which it commutes: sums over steps have to hold
+    each step's own.
+    """
+    adjacency = normalized_adjacency(graph)
+    # Of stacked tables psi needs the order. Else they are all that the partition leaves, and a
+    # function of the parameters would find placeholders in the place of the others.
+    left = tables if is_stack(tables) else lambda params: jax.tree.map(lambda _: True, params)
+    smoothed = optax.chain(step, sevo(adjacency, tables=left, **smoothing))
+    return by_table(smoothed, plain, adjacency, tables)
 
 
 def _negative_product(

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sevo_jax.adjacency import Graph, normalized_adjacency
-from sevo_jax.ids import is_integer
+from sevo_jax.ids import check_choice, is_integer
 from sevo_jax.layouts import Adjacency
 
 Method: TypeAlias = Literal["neumann", "iterative", "exact"]
@@ -208,12 +208,8 @@ def check_smoothing(
             f"{num_layers!r}. Under `inject_hyperparams` make it static: "
             "`static_args=('num_layers',)`."
         )
-    for name, value, valid in (
-        ("method", method, get_args(Method)),
-        ("isolated", isolated, ("scale", "identity")),
-    ):
-        if value not in valid:
-            raise ValueError(f"`{function}`: unknown `{name}` {value!r}, valid are {valid}.")
+    check_choice(function, "method", method, get_args(Method))
+    check_choice(function, "isolated", isolated, get_args(Isolated))
     if not isinstance(rescale, bool | np.bool_ | jax.Array):
         raise TypeError(
             f"`{function}` takes `rescale` as a bool or an array of one, but got {rescale!r}."

@@ -1,13 +1,21 @@
 """Which leaves of a parameter tree are the embedding tables of a graph."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import jax
 import numpy as np
 
 Tables: TypeAlias = None | str | tuple[str, ...] | Callable[[Any], Any] | Any
+
+
+def is_stack(tables: Tables) -> TypeGuard[tuple[str, ...]]:
+    """Whether `tables` names several that are smoothed as one."""
+    return (
+        isinstance(tables, tuple) and bool(tables) and all(isinstance(t, str) for t in tables)
+    )
 
 
 def table_groups(params: Any, tables: Tables, num_nodes: int) -> list[list[int]]:
@@ -17,7 +25,8 @@ def table_groups(params: Any, tables: Tables, num_nodes: int) -> list[list[int]]
     its order. A tree without leaves has no groups, since Optax calls `init` with such
     placeholders; any other tree without a table is an error.
     """
-    paths, leaves = named_leaves(params)
+    names, leaves = leaf_paths(params)
+    paths = ["/".join(name) for name in names]
     if not leaves:
         return []
     if tables is None:
@@ -31,7 +40,7 @@ def table_groups(params: Any, tables: Tables, num_nodes: int) -> list[list[int]]
             )
     elif isinstance(tables, str):
         groups = [[i] for i in _matching(tables, paths)]
-    elif isinstance(tables, tuple) and tables and all(isinstance(t, str) for t in tables):
+    elif is_stack(tables):
         groups = [[_only(pattern, paths, leaves) for pattern in tables]]
         if len(set(groups[0])) < len(groups[0]):
             named = ", ".join(paths[i] for i in groups[0])
@@ -61,16 +70,19 @@ def table_mask(params: Any, tables: Tables, num_nodes: int) -> Any:
     return treedef.unflatten([i in chosen for i in range(treedef.num_leaves)])
 
 
-def named_leaves(params: Any) -> tuple[list[str], list[Any]]:
-    """Paths like `item_embedding/embedding`, the same for NNX, Linen and plain dicts."""
+def leaf_paths(params: Any) -> tuple[list[tuple[str, ...]], list[Any]]:
+    """The leaves, and paths like `("item_embedding", "embedding")` to them, the same for NNX,
+    Linen and plain dicts."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    paths = []
-    for path, _ in flat:
-        names = [str(_name(entry)) for entry in path]
-        # The leaves of an NNX state are the `value` of its variables, which is no key.
-        boxed = names[1:] and isinstance(path[-1], jax.tree_util.GetAttrKey)
-        paths.append("/".join(names[:-1] if boxed and names[-1] == "value" else names))
-    return paths, [leaf for _, leaf in flat]
+    names = [tuple(str(_name(entry)) for entry in path) for path, _ in flat]
+    below = Counter(path[:i] for path in names for i in range(len(path)))
+    for i, (path, _) in enumerate(flat):
+        # The leaves of an NNX state are the `value` of its variables, which is no key. That of
+        # a class of the user's has other attributes beside it.
+        boxed = names[i][1:] and isinstance(path[-1], jax.tree_util.GetAttrKey)
+        if boxed and names[i][-1] == "value" and below[names[i][:-1]] == 1:
+            names[i] = names[i][:-1]
+    return names, [leaf for _, leaf in flat]
 
 
 def _name(entry: Any) -> Any:

@@ -1,8 +1,7 @@
 """SEvo as Optax gradient transformations: the smoother, and Adam for sparse rows."""
 
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from jax.core import Tracer
 from sevo_jax.adjacency import Graph, normalized_adjacency
 from sevo_jax.ids import is_integer
 from sevo_jax.smoothing import Isolated, Method, check_share, check_smoothing, smooth
-from sevo_jax.tables import Tables, named_leaves, table_groups
+from sevo_jax.tables import Tables, leaf_paths, table_groups
 
 
 def sevo(
@@ -59,7 +58,8 @@ def sevo(
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
       every: smooth in every so many steps only, see the note below; None for each step.
       residual_decay: let gradients see for a while what psi has taken from the updates, see
-        the note below: the share of it that stays from step to step, in [0, 1); None for none.
+        the note below: the share of it that stays from step to step, in [0, 1), a scalar or
+        one per column `[d]`; None for none.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -122,7 +122,8 @@ def sevo(
             "Under `inject_hyperparams` make it static: `static_args=('num_layers', 'every')`."
         )
     if residual_decay is not None:
-        check_share("sevo", "residual_decay", residual_decay, "a number or an array")
+        kinds = "a number or an array (a schedule by way of `optax.inject_hyperparams`)"
+        check_share("sevo", "residual_decay", residual_decay, kinds)
         if every > 1:
             raise ValueError("`sevo` takes `every` or `residual_decay`, but got both.")
     prepared = normalized_adjacency(graph)
@@ -195,7 +196,8 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     """The parameters to validate, test and serve, where `residual_decay` is in use.
 
     Args:
-      opt_state: of an optimizer that may hold any number of :func:`sevo`.
+      opt_state: of an optimizer that may hold any number of :func:`sevo`; also as Flax's
+        `nnx.state` and checkpoints have it, with mappings in the place of named tuples.
       params: the parameters that it trains.
 
     Returns:
@@ -203,29 +205,34 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
       where it holds none.
 
     Raises:
-      ValueError: `params` lacks a table that `opt_state` has residuals of.
+      ValueError: `params` lacks a table that `opt_state` has residuals of, or has another in
+        its place.
     """
 
     def is_state(node: Any) -> bool:
-        return isinstance(node, ResidualState)
+        named = isinstance(node, Mapping) and set(node) == set(ResidualState._fields)
+        return named or isinstance(node, ResidualState)
 
     # By their paths, as Flax NNX has its own boxes for the leaves of parameters and states.
-    paths, leaves = named_leaves(params)
+    paths, leaves = leaf_paths(params)
+    places = {path: i for i, path in enumerate(paths)}
     for state in filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state)):
-        residual = dict(zip(*named_leaves(state.residual), strict=True))
-        if unknown := residual.keys() - set(paths):
-            raise ValueError(
-                f"`params` must be the tree that `opt_state` was made for, but it lacks "
-                f"{sorted(unknown)} of {paths}."
-            )
-        pairs = zip(paths, leaves, strict=True)
-        leaves = [leaf - residual[path] if path in residual else leaf for path, leaf in pairs]
+        residual = state["residual"] if isinstance(state, Mapping) else state.residual
+        for path, taken in zip(*leaf_paths(residual), strict=True):
+            i = places.get(path)
+            if i is None or np.shape(leaves[i]) != np.shape(taken):
+                found = "it is not there" if i is None else f"there it is {np.shape(leaves[i])}"
+                raise ValueError(
+                    "`params` must be the tree that `opt_state` was made for, which has "
+                    f"{'/'.join(path)} of shape {np.shape(taken)}, but {found}."
+                )
+            leaves[i] = leaves[i] - taken
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def _no_updates(params: optax.Params, groups: list[list[int]], name: str) -> optax.Updates:
     leaves, treedef = jax.tree.flatten(params)
-    chosen = set(itertools.chain(*groups))
+    chosen = _places(groups)
     for dtype in {jnp.result_type(leaves[i]) for i in chosen}:
         if dtype.itemsize < 4:
             raise TypeError(
@@ -235,6 +242,11 @@ def _no_updates(params: optax.Params, groups: list[list[int]], name: str) -> opt
     return treedef.unflatten(
         jnp.zeros_like(p) if i in chosen else optax.MaskedNode() for i, p in enumerate(leaves)
     )
+
+
+def _places(groups: list[list[int]]) -> list[int]:
+    """Those of all tables among the leaves, in order: a state has leaves for them alone."""
+    return sorted(i for group in groups for i in group)
 
 
 def _smooth_every(
@@ -247,7 +259,8 @@ def _smooth_every(
     count = jnp.asarray(optax.safe_increment(state.count))
     due = (count % every == 0).astype(jnp.int32)
     leaves, treedef = jax.tree.flatten(updates)
-    sums = treedef.flatten_up_to(state.unsmoothed)
+    kept, of_state = jax.tree.flatten(state.unsmoothed)
+    sums = dict(zip(_places(groups), kept, strict=True))
 
     def smoothed(_: Any, carry: Any) -> Any:
         new, totals = carry
@@ -266,7 +279,7 @@ def _smooth_every(
             carry = smoothed(0, carry)
         for i, u, t in zip(group, *carry, strict=True):
             leaves[i], sums[i] = u, t
-    state = SmoothEveryState(count, treedef.unflatten(sums))
+    state = SmoothEveryState(count, of_state.unflatten(sums[i] for i in sorted(sums)))
     return treedef.unflatten(leaves), state
 
 
@@ -278,15 +291,21 @@ def _keep_residual(
     state: ResidualState,
 ) -> tuple[optax.Updates, ResidualState]:
     leaves, treedef = jax.tree.flatten(updates)
-    residual = treedef.flatten_up_to(state.residual)
+    kept, of_state = jax.tree.flatten(state.residual)
+    residual = dict(zip(_places(groups), kept, strict=True))
     for group in groups:
         new = [leaves[i].astype(residual[i].dtype) for i in group]
+        if jnp.shape(decay) not in ((), (new[0].shape[1],)):
+            raise ValueError(
+                f"`sevo`: `residual_decay` must be a scalar or have an entry for each of the "
+                f"{new[0].shape[1]} columns, got shape {jnp.shape(decay)}."
+            )
         for i, u, smoothed in zip(group, new, psi(new), strict=True):
-            kept = jnp.asarray(decay, u.dtype) * residual[i]
-            leaves[i] = u - (residual[i] - kept)
-            residual[i] = kept + (u - smoothed)
+            stays = jnp.asarray(decay, u.dtype) * residual[i]
+            leaves[i] = u - (residual[i] - stays)
+            residual[i] = stays + (u - smoothed)
     count = jnp.asarray(optax.safe_increment(state.count))
-    state = ResidualState(count, treedef.unflatten(residual))
+    state = ResidualState(count, of_state.unflatten(residual[i] for i in sorted(residual)))
     return treedef.unflatten(leaves), state
 
 
@@ -418,7 +437,9 @@ def _touched_rows(updates: optax.Updates, touched: Any) -> Any:
         return jax.tree.map(nonzero, updates)
     if isinstance(touched, jax.Array | np.ndarray):
         return jax.tree.map(lambda g: given(g, touched), updates)
-    leaves, treedef = jax.tree.flatten(updates)
+    # Whom `optax.partition` and `optax.masked` leave out have placeholders.
+    left_out = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+    leaves, treedef = jax.tree.flatten(updates, is_leaf=left_out)
     try:
         masks = treedef.flatten_up_to(touched)
     except ValueError as error:
@@ -426,4 +447,5 @@ def _touched_rows(updates: optax.Updates, touched: Any) -> Any:
             "`touched` takes one array of bools, or a tree of them in the structure of the "
             f"parameters, with any number in place of those without corrected moments. {error}"
         ) from None
-    return treedef.unflatten(map(given, leaves, masks))
+    pairs = zip(leaves, masks, strict=True)
+    return treedef.unflatten(g if left_out(g) else given(g, mask) for g, mask in pairs)

@@ -26,10 +26,3 @@ def test_neighbours_move_in_the_plain_example(capsys):
     rows = [float(x) for x in re.findall(r"0\.\d+", capsys.readouterr().out)]
     assert len(rows) == 4 and all(row < 1 for row in rows)
     assert rows[1] == min(rows)  # the item itself moves most
-
-
-def test_every_public_name_has_a_docstring():
-    import sevo_jax
-
-    for name in sevo_jax.__all__:
-        assert (getattr(sevo_jax, name).__doc__ or "").strip(), name

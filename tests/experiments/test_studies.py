@@ -54,7 +54,8 @@ def test_monitors_measure_both_sides_of_psi_and_change_nothing():
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
         # The direction before the smoothing, as the state of the plain chain has it.
         mu, nu = (
-            optax.tree.get(states[1].inner_states["table"], name) for name in ("mu", "nu")
+            optax.tree.get(optax.tree.get(states[1], "inner_states")["table"], name)
+            for name in ("mu", "nu")
         )
         direction = mu["item_embedding"] / (np.sqrt(nu["item_embedding"]) + config.eps)
         after = reference_smooth(

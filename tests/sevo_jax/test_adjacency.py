@@ -525,6 +525,16 @@ def _graph(receivers: Any, senders: Any, edges: Any, num_nodes: int = 3) -> jrap
         (_graph([0, 1], [1, 0], [-1.0, -1.0]), ValueError, "edge 1 -> 0 weighs -1.0"),
         (_graph([0, 1], [1, 0], [1.0, np.nan]), ValueError, "edge 0 -> 1 weighs nan"),
         (_graph([0, 1], [1, 0], [np.inf, np.inf]), ValueError, "weighs inf"),
+        (
+            _graph([0, 0, 1, 2], [1, 2, 0, 0], [1e308] * 4),
+            ValueError,
+            "of node 0 add up to inf",
+        ),
+        (
+            _graph([0, 1], [1, 0], [1.0, 1.0])._replace(edges=None),
+            ValueError,
+            "`edges` is None",
+        ),
         (_graph([0, 3], [3, 0], [1.0, 1.0]), ValueError, "from 0 to 3, but .* 3 nodes"),
         (_graph([0, -1], [-1, 0], [1.0, 1.0]), ValueError, "from -1 to 0"),
         (_graph([0.0, 1.0], [1.0, 0.0], [1.0, 1.0]), TypeError, "float64, not integers"),

@@ -145,8 +145,7 @@ def test_keeps_types_and_shapes(name, dtype_name):
 def test_schedules_keep_half_precision(name, dtype):
     """Most schedules return float32 arrays; `apply_if_finite` wants the types of gradients."""
     rate = optax.linear_schedule(1e-2, 1e-3, 10)
-    # `optax.adamw`, which the other parameters get, widens by a schedule of the decay itself.
-    decay = 0.1 if name == "sevo_adamw" else optax.exponential_decay(0.1, 5, 0.5)
+    decay = optax.exponential_decay(0.1, 5, 0.5)
     solver = ALIASES[name](rate, ADJACENCY, tables="item", weight_decay=decay)
     solver = optax.apply_if_finite(solver, 3)
     params, grads = _params(dtype), _grads(3, dtype)

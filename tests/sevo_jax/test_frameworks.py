@@ -86,7 +86,7 @@ def test_nnx_optimizer(solver):
 
 
 def test_nnx_parameters_without_residuals():
-    """As the state of the module and of the optimizer have them."""
+    """As the state of the module and of the optimizer have them, and the parts of both."""
     model = NnxModel(nnx.Rngs(0))
     solver = sevo_jax.sevo_adamw(0.02, GRAPH, residual_decay=0.9)
     optimizer = nnx.Optimizer(model, solver, wrt=nnx.Param)
@@ -94,6 +94,9 @@ def test_nnx_parameters_without_residuals():
         grads = nnx.grad(lambda model: jnp.mean((model(ITEMS) - 1) ** 2))(model)
         optimizer.update(model, grads)
     evaluated = sevo_jax.eval_params(optimizer.opt_state, nnx.state(model, nnx.Param))
+    for held in (nnx.state(optimizer)["opt_state"], nnx.split(optimizer)[1]):
+        again = sevo_jax.eval_params(held, nnx.state(model, nnx.Param))
+        jax.tree.map(np.testing.assert_array_equal, again, evaluated)
     (residual,) = [r for _, r in optax.tree.get_all_with_path(optimizer.opt_state, "residual")]
     rows = residual["item_embedding"]["embedding"][...]
     trained = _dict_params(model)

@@ -103,7 +103,8 @@ def _compare_params(record: Golden, trajectory: list[Any], key: str, tolerance: 
 
 def _raw_moments(record: Golden, state: Any, t: int) -> dict[str, dict[str, np.ndarray]]:
     """PyTorch's buffers of the tables and of the other parameter, from our state."""
-    groups = {"": state.inner_states["table"], "reg_": state.inner_states["other"]}
+    inner: Any = optax.tree.get(state, "inner_states")
+    groups = {"": inner["table"], "reg_": inner["other"]}
     moments = {}
     for prefix, group in groups.items():
         pick = _stacked if not prefix else (lambda tree: np.asarray(tree["reg"]))

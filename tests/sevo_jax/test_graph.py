@@ -124,7 +124,8 @@ def test_attribute_graph_without_common_attributes():
 
 
 @pytest.mark.parametrize("num_nodes, k", [(40, 3), (5, 10), (1100, 2), (1, 1)])
-def test_knn_graph_equals_the_loop(num_nodes, k):
+def test_knn_graph_equals_the_loop(num_nodes, k, monkeypatch):
+    monkeypatch.setattr(graph_module, "_BLOCK", 10_000)  # several blocks of rows, and a rest
     table = np.random.default_rng(0).normal(size=(num_nodes, 4)).astype(np.float32)
     table[0] = 0  # a vector without direction has no neighbours
     with np.errstate(invalid="ignore"):

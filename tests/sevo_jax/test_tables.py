@@ -81,9 +81,18 @@ def test_a_mask_that_can_be_called_is_a_mask():
     assert table_groups(params, Called(item=True, bias=False), 20) == [[0]]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Memory:
+    key: jax.Array
+    value: jax.Array
+
+
 def test_a_key_called_value_is_part_of_the_path():
     params = {"item": {"key": jnp.ones((20, 4)), "value": jnp.ones((20, 4))}}
     assert table_groups(params, "item/value", 20) == [[1]]
+    memory = {"memory": Memory(key=jnp.ones((20, 4)), value=jnp.ones((20, 4)))}
+    assert table_groups(memory, "memory/value", 20) == [[1]]
 
 
 def test_a_tree_without_leaves_passes():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization, traverse_util
 
 import sevo_jax
 from sevo_jax import transforms
@@ -34,6 +35,11 @@ def _run(solver, grads, params, **extra):
     return params, state
 
 
+def _of_tables(state, name):
+    """What an optimizer's state has of its tables."""
+    return optax.tree.get(optax.tree.get(state, "inner_states")["table"], name)
+
+
 def _sevo_adamw(graph, **kwargs):
     settings = {k: v for k, v in SETTINGS.items() if k != "lr"} | kwargs
     return sevo_jax.sevo_adamw(SETTINGS["lr"], graph, **settings)
@@ -46,9 +52,9 @@ def test_adamw_equals_the_loops_of_the_official_code(x64):
     expected, m, v = reference_adamw(adjacency, table, grads, **SETTINGS)[-1]
     params, state = _run(_sevo_adamw(graph), jnp.asarray(grads), jnp.asarray(table))
     np.testing.assert_allclose(params, expected, atol=1e-7)  # float32 edge weights
-    moments = optax.tree.get(state.inner_states["table"], "mu")
+    moments = _of_tables(state, "mu")
     np.testing.assert_allclose(moments * (1 - SETTINGS["b1"] ** 25), m, atol=1e-13)
-    moments = optax.tree.get(state.inner_states["table"], "nu")
+    moments = _of_tables(state, "nu")
     np.testing.assert_allclose(moments * (1 - SETTINGS["b2"] ** 25), v, atol=1e-13)
 
 
@@ -127,12 +133,22 @@ def test_touched_rows_can_be_given(as_tree):
         updates, by_mask = jax.jit(solver.update)(tree, by_mask, params, touched=touched)
         np.testing.assert_allclose(updates["item"], expected["item"], rtol=1e-5, atol=1e-8)
     # The mask decides, not the zeros: a touched row with a zero gradient decays.
-    mu = optax.tree.get(by_mask.inner_states["table"], "mu")["item"]
+    mu = _of_tables(by_mask, "mu")["item"]
     everywhere = {"item": jnp.ones(20, bool), "w": True} if as_tree else jnp.ones(20, bool)
     tree = {"item": jnp.zeros((20, 3)), "w": jnp.ones(2)}
     _, state = solver.update(tree, by_mask, params, touched=everywhere)
-    decayed = optax.tree.get(state.inner_states["table"], "mu")["item"]
+    decayed = _of_tables(state, "mu")["item"]
     assert ((abs(decayed) < abs(mu)) | (mu == 0)).all() and (mu != 0).any()
+
+
+def test_touched_rows_inside_of_a_partition_of_the_users():
+    params = {"item": jnp.ones((20, 3)), "w": jnp.ones(2), "fixed": jnp.ones(2)}
+    inner = {"train": _sevo_adamw(random_graph(), tables="item"), "not": optax.set_to_zero()}
+    solver = optax.partition(inner, {"item": "train", "w": "train", "fixed": "not"})
+    touched = {"item": jnp.arange(20) < 3, "w": True, "fixed": True}
+    _, state = solver.update(params, solver.init(params), params, touched=touched)
+    (mu,) = jax.tree.leaves(_of_tables(optax.tree.get(state, "train"), "mu"))
+    np.testing.assert_array_equal((mu != 0).any(axis=1), touched["item"])
 
 
 @pytest.mark.parametrize("touched", [{"item": np.ones(3, bool)}, [np.ones(3, bool)], "item"])
@@ -185,6 +201,25 @@ def test_other_parameters_get_the_plain_optimizer():
         actual, _ = _run(ours, grads, params)
         expected, _ = _run(theirs, grads, params)
         np.testing.assert_allclose(actual["w"], expected["w"], rtol=1e-6)
+
+
+def test_functions_may_look_at_the_parameters():
+    """As those of `optax.adamw` may: at shapes, and by paths as Flax has them."""
+    params = {"item": jnp.ones((20, 3)), "w": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+    by_path = traverse_util.path_aware_map
+    solver = sevo_jax.sevo_adamw(
+        0.1,
+        random_graph(),
+        tables=lambda p: {name: leaf.shape == (20, 3) for name, leaf in p.items()},
+        mask=lambda p: by_path(lambda path, leaf: path != ("item",) and leaf.ndim > 1, p),
+        weight_decay=0.5,
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    moved, state = _run(solver, [zeros], params)
+    for name, expected in {"item": 1.0, "w": 0.95, "bias": 1.0}.items():
+        np.testing.assert_allclose(moved[name], expected, rtol=1e-6)
+    (moments,) = jax.tree.leaves(_of_tables(state, "mu"))
+    assert moments.shape == (20, 3)
 
 
 @pytest.mark.parametrize("as_tree", [True, False])
@@ -426,10 +461,11 @@ def test_optimizers_without_their_residuals_are_the_papers(alias, x64):
     (expected, plain), (trained, state) = results
     untouched = sevo_jax.eval_params(plain, expected)  # there is nothing to leave out
     jax.tree.map(np.testing.assert_array_equal, untouched, expected)
-    evaluated = sevo_jax.eval_params(state, trained)
-    np.testing.assert_allclose(evaluated["item"], expected["item"], rtol=0, atol=1e-12)
-    np.testing.assert_array_equal(evaluated["bias"], trained["bias"])
-    with pytest.raises(ValueError, match=r"it lacks \['item'\] of \['bias'\]"):
+    for held in (state, serialization.to_state_dict(state)):
+        evaluated = sevo_jax.eval_params(held, trained)
+        np.testing.assert_allclose(evaluated["item"], expected["item"], rtol=0, atol=1e-12)
+        np.testing.assert_array_equal(evaluated["bias"], trained["bias"])
+    with pytest.raises(ValueError, match=r"has item of shape \(20, 3\), but it is not there"):
         sevo_jax.eval_params(state, {"bias": jnp.ones(3)})
     np.testing.assert_allclose(trained["bias"], expected["bias"], rtol=1e-12)
     assert np.abs(trained["item"] - expected["item"]).max() > 0.01
@@ -477,6 +513,56 @@ def test_residuals_under_vmap_and_inject_hyperparams():
 
 def _sevo_adamw_at(graph, decay):
     return sevo_jax.sevo_adamw(0.1, graph, residual_decay=decay)
+
+
+@pytest.mark.parametrize("shape", [(4,), (5, 1, 1), (1,)])
+def test_residual_decay_is_a_number_or_has_one_for_each_column(shape):
+    solver = sevo_jax.sevo(random_graph(), residual_decay=jnp.full(shape, 0.5))
+    with pytest.raises(ValueError, match=r"entry for each of the 3 columns, got shape"):
+        solver.update(jnp.ones((20, 3)), solver.init(jnp.ones((20, 3))))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"every": 2}, {"residual_decay": 0.5}])
+def test_gradients_may_be_none(kwargs):
+    """As Optax takes them, of parameters that the loss does not see."""
+    params = {"bias": jnp.ones(3), "item": jnp.ones((20, 3)), "w": jnp.ones(2)}
+    solver = sevo_jax.sevo(random_graph(), tables="item", **kwargs)
+    state, seen = solver.init(params), params | {"bias": None}
+    updates, _ = solver.update(seen, state, params)
+    expected, _ = solver.update(params, state, params)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected | {"bias": None})
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"beta": 0.5},
+        {"num_layers": 1},
+        {"method": "iterative"},
+        {"rescale": False},
+        {"isolated": "identity"},
+    ],
+)
+def test_settings_reach_the_smoothing(kwargs, x64):
+    """Of the transformation itself and in each optimizer."""
+    graph = sevo_jax.edge_graph([0, 1], [1, 2], num_nodes=20)  # most rows are isolated
+    params = {"item": jnp.asarray(np.random.default_rng(0).normal(size=(20, 3)))}
+    settings = {"num_layers": 2} | kwargs
+    updates, _ = sevo_jax.sevo(graph, **settings).update(params, optax.EmptyState())
+    expected = sevo_jax.smooth(graph, params["item"], **settings)
+    np.testing.assert_allclose(updates["item"], expected, rtol=1e-12)
+    assert abs(expected - sevo_jax.smooth(graph, params["item"], num_layers=2)).max() > 1e-3
+    steps = {
+        "sevo_adamw": optax.scale_by_adam(),
+        "sevo_adam": optax.scale_by_adam(),
+        "sevo_sgd": optax.trace(0.9),
+    }
+    for name, plain in steps.items():
+        solver = getattr(sevo_jax, name)(0.1, graph, weight_decay=0.0, **settings)
+        updates, _ = solver.update(params, solver.init(params), params)
+        step, _ = plain.update(params, plain.init(params), params)
+        smoothed = sevo_jax.smooth(graph, -0.1 * step["item"], **settings)
+        np.testing.assert_allclose(updates["item"], smoothed, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kwargs", [{"every": 2}, {"residual_decay": 0.9}])
@@ -544,7 +630,7 @@ class TestNaN:
         updates, state = solver.update(self.bad, solver.init(params), params)
         np.testing.assert_array_equal(np.isnan(updates).all(axis=1), self.near)
         np.testing.assert_array_equal(np.isnan(updates).any(axis=1), self.near)
-        mu = optax.tree.get(state.inner_states["table"], "mu")
+        mu = _of_tables(state, "mu")
         np.testing.assert_array_equal(np.isnan(mu).any(axis=1), np.arange(20) == 5)
         updates, _ = solver.update(self.good, state, params)  # it does not wear off
         np.testing.assert_array_equal(np.isnan(updates).any(axis=1), self.near)
