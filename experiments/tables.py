@@ -162,22 +162,24 @@ def bucket_tables(runs: Iterable[Records]) -> Iterator[tuple[str, Table]]:
     """
     runs = list(runs)
     for by, what in _BUCKETS.items():
-        columns: dict[str, dict[tuple[int, int, int], dict[int, float]]] = {}
+        columns: dict[str, list[dict[tuple[int, int, int], dict[int, float]]]] = {}
         for run in runs:
             found = defaultdict(dict)
             for r in run:
                 if r["kind"] == "bucket" and r["by"] == by:
                     found[r["low"], r["high"], r["targets"]][r["seed"]] = r["NDCG@10"]
-            if found and set(found) == set(next(iter(columns.values()), found)):
-                column = columns.setdefault(name_of(run), defaultdict(dict))
-                for span, scores in found.items():  # a run may have several files
-                    more, fewer = sorted((column[span], scores), key=len, reverse=True)
-                    column[span] = fewer | more
+            first = next(iter(columns.values()), [found])[0]
+            if found and set(found) == set(first):
+                columns.setdefault(name_of(run), []).append(found)
         if not columns:
             continue
         rows = []
-        for low, high, targets in sorted(next(iter(columns.values()))):
-            scores = [spread(found[low, high, targets].values()) for found in columns.values()]
+        for low, high, targets in sorted(next(iter(columns.values()))[0]):
+            scores = []
+            for column in columns.values():
+                parts = sorted((found[low, high, targets] for found in column), key=len)
+                by_seed = {seed: score for part in parts for seed, score in part.items()}
+                scores.append(spread(by_seed.values()))
             span = f"{low} to {high}" if low < high else str(low)
             rows.append([span, f"{targets:,}", *scores])
         yield f"Test NDCG@10 by {what}", Table([what, "targets", *columns], rows)

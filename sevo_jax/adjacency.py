@@ -191,9 +191,10 @@ def _edges(graph: jraph.GraphsTuple) -> tuple[np.ndarray, np.ndarray, np.ndarray
             )
     if weights.dtype.kind not in "biuf" and weights.dtype != jnp.bfloat16:
         raise TypeError(f"`normalized_adjacency`: the weights, `edges`, are {weights.dtype}.")
+    receivers, senders = receivers.astype(np.int32), senders.astype(np.int32)
     weights = weights.astype(np.float64)
     _check_weights(receivers, senders, weights, num_nodes)
-    return receivers.astype(np.int32), senders.astype(np.int32), weights, num_nodes
+    return receivers, senders, weights, num_nodes
 
 
 def _check_weights(

@@ -27,7 +27,8 @@ _registered: set[str] = set()  # names of libraries; the name tells what is insi
 def library() -> Path:
     """Where the compiled library belongs: a file of this source, jaxlib and processor alone."""
     # Neither needs a home folder to exist, and so preparing a graph does not.
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    cache = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")
     parts = SOURCE.read_bytes(), jaxlib.__version__.encode(), _processor().encode()
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     return Path(cache) / "sevo_jax" / f"native-{name}.so"

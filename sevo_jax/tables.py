@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, TypeGuard, cast
 
 import jax
 import numpy as np
+import optax
 
 Tables: TypeAlias = None | str | tuple[str, ...] | Callable[[Any], Any] | Any
 
@@ -73,7 +74,9 @@ def table_mask(params: Any, tables: Tables, num_nodes: int) -> Any:
 def leaf_paths(params: Any) -> tuple[list[tuple[str, ...]], list[Any]]:
     """The leaves, and paths like `("item_embedding", "embedding")` to them, the same for NNX,
     Linen and plain dicts."""
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    # What Optax has masked out, and None, count as attributes but are no leaves.
+    left_out = lambda node: node is None or isinstance(node, optax.MaskedNode)  # noqa: E731
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=left_out)[0]
     names = [tuple(str(_name(entry)) for entry in path) for path, _ in flat]
     below = Counter(path[:i] for path in names for i in range(len(path)))
     for i, (path, _) in enumerate(flat):
@@ -82,7 +85,8 @@ def leaf_paths(params: Any) -> tuple[list[tuple[str, ...]], list[Any]]:
         boxed = names[i][1:] and isinstance(path[-1], jax.tree_util.GetAttrKey)
         if boxed and names[i][-1] == "value" and below[names[i][:-1]] == 1:
             names[i] = names[i][:-1]
-    return names, [leaf for _, leaf in flat]
+    there = [i for i, (_, leaf) in enumerate(flat) if not left_out(leaf)]
+    return [names[i] for i in there], [flat[i][1] for i in there]
 
 
 def _name(entry: Any) -> Any:

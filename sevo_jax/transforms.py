@@ -210,8 +210,11 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     """
 
     def is_state(node: Any) -> bool:
-        named = isinstance(node, Mapping) and set(node) == set(ResidualState._fields)
-        return named or isinstance(node, ResidualState)
+        if not isinstance(node, Mapping) or set(node) != set(ResidualState._fields):
+            return isinstance(node, ResidualState)
+        # Parameters of these names have moments, but those are no integers.
+        types = {jnp.result_type(count) for count in jax.tree.leaves(node["count"])}
+        return len(types) == 1 and jnp.issubdtype(types.pop(), jnp.integer)
 
     # By their paths, as Flax NNX has its own boxes for the leaves of parameters and states.
     paths, leaves = leaf_paths(params)
@@ -224,7 +227,7 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
                 found = "it is not there" if i is None else f"there it is {np.shape(leaves[i])}"
                 raise ValueError(
                     "`params` must be the tree that `opt_state` was made for, which has "
-                    f"{'/'.join(path)} of shape {np.shape(taken)}, but {found}."
+                    f"{'/'.join(path) or '(root)'} of shape {np.shape(taken)}, but {found}."
                 )
             leaves[i] = leaves[i] - taken
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
@@ -232,7 +235,7 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
 
 def _no_updates(params: optax.Params, groups: list[list[int]], name: str) -> optax.Updates:
     leaves, treedef = jax.tree.flatten(params)
-    chosen = _places(groups)
+    chosen = {i for group in groups for i in group}
     for dtype in {jnp.result_type(leaves[i]) for i in chosen}:
         if dtype.itemsize < 4:
             raise TypeError(
@@ -244,9 +247,20 @@ def _no_updates(params: optax.Params, groups: list[list[int]], name: str) -> opt
     )
 
 
-def _places(groups: list[list[int]]) -> list[int]:
-    """Those of all tables among the leaves, in order: a state has leaves for them alone."""
-    return sorted(i for group in groups for i in group)
+def _by_place(
+    kept: optax.Updates, groups: list[list[int]]
+) -> tuple[dict[int, jax.Array], Callable[[dict[int, jax.Array]], optax.Updates]]:
+    """What a state keeps of tables by their places among the leaves, and the way back."""
+    places = sorted(i for group in groups for i in group)
+    leaves, treedef = jax.tree.flatten(kept)
+    if len(leaves) != len(places):
+        raise ValueError(
+            f"`sevo` keeps sums of {len(leaves)} tables, but found updates of {len(places)}. "
+            "Give zeros where a table has no gradient."
+        )
+    return dict(zip(places, leaves, strict=True)), lambda new: treedef.unflatten(
+        new[i] for i in places
+    )
 
 
 def _smooth_every(
@@ -259,8 +273,7 @@ def _smooth_every(
     count = jnp.asarray(optax.safe_increment(state.count))
     due = (count % every == 0).astype(jnp.int32)
     leaves, treedef = jax.tree.flatten(updates)
-    kept, of_state = jax.tree.flatten(state.unsmoothed)
-    sums = dict(zip(_places(groups), kept, strict=True))
+    sums, as_kept = _by_place(state.unsmoothed, groups)
 
     def smoothed(_: Any, carry: Any) -> Any:
         new, totals = carry
@@ -279,7 +292,7 @@ def _smooth_every(
             carry = smoothed(0, carry)
         for i, u, t in zip(group, *carry, strict=True):
             leaves[i], sums[i] = u, t
-    state = SmoothEveryState(count, of_state.unflatten(sums[i] for i in sorted(sums)))
+    state = SmoothEveryState(count, as_kept(sums))
     return treedef.unflatten(leaves), state
 
 
@@ -291,21 +304,20 @@ def _keep_residual(
     state: ResidualState,
 ) -> tuple[optax.Updates, ResidualState]:
     leaves, treedef = jax.tree.flatten(updates)
-    kept, of_state = jax.tree.flatten(state.residual)
-    residual = dict(zip(_places(groups), kept, strict=True))
+    residual, as_kept = _by_place(state.residual, groups)
     for group in groups:
         new = [leaves[i].astype(residual[i].dtype) for i in group]
         if jnp.shape(decay) not in ((), (new[0].shape[1],)):
             raise ValueError(
-                f"`sevo`: `residual_decay` must be a scalar or have an entry for each of the "
+                "`sevo`: `residual_decay` must be a scalar or have an entry for each of the "
                 f"{new[0].shape[1]} columns, got shape {jnp.shape(decay)}."
             )
         for i, u, smoothed in zip(group, new, psi(new), strict=True):
-            stays = jnp.asarray(decay, u.dtype) * residual[i]
-            leaves[i] = u - (residual[i] - stays)
-            residual[i] = stays + (u - smoothed)
+            kept = jnp.asarray(decay, u.dtype) * residual[i]
+            leaves[i] = u - (residual[i] - kept)
+            residual[i] = kept + (u - smoothed)
     count = jnp.asarray(optax.safe_increment(state.count))
-    state = ResidualState(count, of_state.unflatten(residual[i] for i in sorted(residual)))
+    state = ResidualState(count, as_kept(residual))
     return treedef.unflatten(leaves), state
 
 

@@ -391,6 +391,9 @@ def test_who_gains(runs, tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     first = [line | {"NDCG@10": 0.9} for line in lines if line["seed"] == 0]
     (other / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in first))
-    for folders in ([runs, other], [other, runs]):
+    third = tmp_path / "third" / "beauty-sasrec" / "sevo_adamw"
+    third.mkdir(parents=True)
+    (third / "records.jsonl").write_bytes((other / "records.jsonl").read_bytes())
+    for folders in ([runs, other, third], [other, third, runs], [other, runs, third]):
         write_report(folders, page)
         assert "| 0 | 1,000 | 0.3000 ± 0.1414 |" in page.read_text()

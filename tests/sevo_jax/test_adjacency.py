@@ -349,11 +349,16 @@ def test_auto_takes_rows_on_cpu(monkeypatch, tmp_path):
 
 
 @pytest.mark.cpu
-def test_a_graph_is_prepared_without_a_home_folder(monkeypatch):
-    for name in ("XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
+def test_a_graph_is_prepared_without_a_home_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")  # which has to be absolute
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # the user is in no list
+    monkeypatch.chdir(tmp_path)
+    native.library().parent.mkdir(parents=True)
+    native.library().touch()  # a file of that name in this folder is not the library
     assert type(sevo_jax.normalized_adjacency(random_graph())) is layouts.Rows
+    with pytest.raises(RuntimeError, match="no folder for the library: ~.* Set XDG_CACHE_HOME"):
+        compile_library()
 
 
 @pytest.mark.cpu
@@ -513,6 +518,11 @@ def _graph(receivers: Any, senders: Any, edges: Any, num_nodes: int = 3) -> jrap
     edges, receivers, senders = arrays
     sizes: list[Any] = [np.array([n]) for n in (num_nodes, len(edges))]
     return jraph.GraphsTuple(None, edges, receivers, senders, None, *sizes)
+
+
+def test_no_edges_have_no_type():
+    adjacency = sevo_jax.normalized_adjacency(_graph([], [], []))  # floats, as NumPy has it
+    assert np.asarray(adjacency.isolated).all() and len(adjacency.isolated) == 3
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,11 @@ def test_smoothness_equals_the_sum_over_edges(seed):
         np.testing.assert_allclose(sevo_jax.smoothness(adjacency, jnp.asarray(x)), total)
 
 
-def test_strict_promotion_and_no_nan(dtype):
-    adjacency = sevo_jax.normalized_adjacency(random_graph())
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"layout": "edges"}, {"layout": "edges", "messages": "bfloat16"}]
+)
+def test_strict_promotion_and_no_nan(dtype, kwargs):
+    adjacency = sevo_jax.normalized_adjacency(random_graph(), **kwargs)
     x = jnp.ones((20, 3), dtype)
     strict = (
         jax.numpy_rank_promotion("raise"),

@@ -93,6 +93,11 @@ def test_a_key_called_value_is_part_of_the_path():
     assert table_groups(params, "item/value", 20) == [[1]]
     memory = {"memory": Memory(key=jnp.ones((20, 4)), value=jnp.ones((20, 4)))}
     assert table_groups(memory, "memory/value", 20) == [[1]]
+    memory["memory"].key = jnp.ones(3)
+    table = sevo_jax.sevo_adamw(0.1, random_graph(), tables="memory/value", residual_decay=0.5)
+    _, state = table.update(memory, table.init(memory), memory)
+    evaluated = sevo_jax.eval_params(state, memory)["memory"]  # with a placeholder for the key
+    assert jnp.abs(evaluated.value - 1).max() > 1e-4 and (evaluated.key == 1).all()
 
 
 def test_a_tree_without_leaves_passes():

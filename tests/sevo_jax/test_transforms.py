@@ -515,6 +515,18 @@ def _sevo_adamw_at(graph, decay):
     return sevo_jax.sevo_adamw(0.1, graph, residual_decay=decay)
 
 
+def test_moments_of_parameters_called_as_a_state_are_no_residual():
+    params = {"item": jnp.ones((20, 3)), "block": {"residual": {"item": jnp.ones((20, 3))}}}
+    params["block"]["count"] = jnp.ones(3)
+    solver = sevo_jax.sevo_adamw(0.1, random_graph(), tables="^item", residual_decay=0.5)
+    _, state = solver.update(params, solver.init(params), params)
+    evaluated = sevo_jax.eval_params(serialization.to_state_dict(state), params)
+    np.testing.assert_array_equal(evaluated["block"]["residual"]["item"], 1)
+    once = sevo_jax.eval_params(state, params)["item"]
+    np.testing.assert_array_equal(evaluated["item"], once)
+    assert abs(once - 1).max() > 1e-4
+
+
 @pytest.mark.parametrize("shape", [(4,), (5, 1, 1), (1,)])
 def test_residual_decay_is_a_number_or_has_one_for_each_column(shape):
     solver = sevo_jax.sevo(random_graph(), residual_decay=jnp.full(shape, 0.5))
@@ -524,13 +536,18 @@ def test_residual_decay_is_a_number_or_has_one_for_each_column(shape):
 
 @pytest.mark.parametrize("kwargs", [{}, {"every": 2}, {"residual_decay": 0.5}])
 def test_gradients_may_be_none(kwargs):
-    """As Optax takes them, of parameters that the loss does not see."""
+    """Of parameters that the loss does not see."""
     params = {"bias": jnp.ones(3), "item": jnp.ones((20, 3)), "w": jnp.ones(2)}
     solver = sevo_jax.sevo(random_graph(), tables="item", **kwargs)
     state, seen = solver.init(params), params | {"bias": None}
     updates, _ = solver.update(seen, state, params)
     expected, _ = solver.update(params, state, params)
     jax.tree.map(np.testing.assert_array_equal, updates, expected | {"bias": None})
+    if kwargs:
+        solver = sevo_jax.sevo(random_graph(), tables="item|other", **kwargs)
+        params["other"] = params["item"]
+        with pytest.raises(ValueError, match="sums of 2 tables, but found updates of 1"):
+            solver.update(params | {"other": None}, solver.init(params), params)
 
 
 @pytest.mark.parametrize(
