@@ -210,3 +210,8 @@ PLACEMENTS: dict[str, Factory] = {
     "chain_corrected_adam": _chained_adamw,
     "masked": _masked,
 }
+
+
+def of_tables(state: Any, name: str) -> Any:
+    """What the state of one of the library's optimizers has of its tables, such as `"mu"`."""
+    return optax.tree.get(optax.tree.get(state, "inner_states")["table"], name)

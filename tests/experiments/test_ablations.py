@@ -1,6 +1,6 @@
 """Sweeps against runs one by one, the declared ablations, and the command."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pytest
 
 from experiments import cli
 from experiments.ablations import ABLATIONS, ablate, arms_of, programs
-from experiments.backbones import SWEPT, make_graph, make_optimizer, prepare
+from experiments.backbones import SWEPT, fixed, make_graph, make_optimizer, prepare
 from experiments.config import Config, preset
 from experiments.dataset import Attributes, leave_one_out
 from experiments.options import Ablate
@@ -144,11 +144,9 @@ def test_ablations_are_valid_and_share_programs(name):
         map(len, groups)
     ) == len(arms)
     for group in groups:
-        shared = [
-            {k: v for k, v in asdict(config).items() if k not in SWEPT}
-            for config in group.values()
-        ]
+        shared = [fixed(config) for config in group.values()]
         assert all(one == shared[0] for one in shared)
+        assert not shared[0].keys() & set(SWEPT)
     if name in ("rescale", "correction"):
         assert len(groups) == 1
     if name == "approximation":

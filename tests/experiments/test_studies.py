@@ -20,7 +20,7 @@ from experiments.page import write_page
 from experiments.report import keep, write_report
 from experiments.synthetic import synthetic
 from sevo_jax import normalized_adjacency, sevo_adamw
-from tests.helpers import dense, random_graph, reference_normalized, reference_smooth
+from tests.helpers import dense, of_tables, random_graph, reference_normalized, reference_smooth
 
 TINY = Config(dim=4, num_blocks=1, max_length=10, batch_size=64, epochs=2, eval_every=1)
 
@@ -53,10 +53,7 @@ def test_monitors_measure_both_sides_of_psi_and_change_nothing():
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
         # The direction before the smoothing, as the state of the plain chain has it.
-        mu, nu = (
-            optax.tree.get(optax.tree.get(states[1], "inner_states")["table"], name)
-            for name in ("mu", "nu")
-        )
+        mu, nu = (of_tables(states[1], name) for name in ("mu", "nu"))
         direction = mu["item_embedding"] / (np.sqrt(nu["item_embedding"]) + config.eps)
         after = reference_smooth(
             reference_normalized(dense(graph)), direction, 0.9, 3, "neumann"

@@ -22,7 +22,7 @@ from experiments.synthetic import synthetic
 from experiments.training import Trainer, TrainState, over_seeds
 from models import GRU4Rec, SASRec
 from sevo_jax import item_graph, normalized_adjacency, sevo_adamw
-from tests.helpers import dense, reference_normalized, reference_smooth
+from tests.helpers import dense, of_tables, reference_normalized, reference_smooth
 from tests.models.toys import assert_same_tree, padded, random_params
 
 
@@ -304,8 +304,7 @@ def test_touched_rows_are_those_of_the_batch(touched):
     )
     state, _ = trainer.epoch(start(trainer)[0], 1)
     kept: Any = state.opt_state
-    of_tables: Any = optax.tree.get(kept, "inner_states")["table"]
-    (moments,) = jax.tree.leaves(optax.tree.get(of_tables, "nu"))
+    (moments,) = jax.tree.leaves(of_tables(kept, "nu"))
     moved = np.any(np.asarray(moments[0]), axis=1)
     assert moved[1:4].all()  # row 0 stands in the free slots
     assert moved[4:].all() == moved[4:].any() == (not touched)

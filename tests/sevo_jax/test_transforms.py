@@ -15,7 +15,13 @@ from flax import serialization, traverse_util
 
 import sevo_jax
 from sevo_jax import transforms
-from tests.helpers import dense, random_graph, reference_adamw, reference_normalized
+from tests.helpers import (
+    dense,
+    of_tables,
+    random_graph,
+    reference_adamw,
+    reference_normalized,
+)
 
 SETTINGS = dict(lr=0.01, beta=0.9, num_layers=3, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.1)
 
@@ -35,11 +41,6 @@ def _run(solver, grads, params, **extra):
     return params, state
 
 
-def _of_tables(state, name):
-    """What an optimizer's state has of its tables."""
-    return optax.tree.get(optax.tree.get(state, "inner_states")["table"], name)
-
-
 def _sevo_adamw(graph, **kwargs):
     settings = {k: v for k, v in SETTINGS.items() if k != "lr"} | kwargs
     return sevo_jax.sevo_adamw(SETTINGS["lr"], graph, **settings)
@@ -52,9 +53,9 @@ def test_adamw_equals_the_loops_of_the_official_code(x64):
     expected, m, v = reference_adamw(adjacency, table, grads, **SETTINGS)[-1]
     params, state = _run(_sevo_adamw(graph), jnp.asarray(grads), jnp.asarray(table))
     np.testing.assert_allclose(params, expected, atol=1e-7)  # float32 edge weights
-    moments = _of_tables(state, "mu")
+    moments = of_tables(state, "mu")
     np.testing.assert_allclose(moments * (1 - SETTINGS["b1"] ** 25), m, atol=1e-13)
-    moments = _of_tables(state, "nu")
+    moments = of_tables(state, "nu")
     np.testing.assert_allclose(moments * (1 - SETTINGS["b2"] ** 25), v, atol=1e-13)
 
 
@@ -133,11 +134,11 @@ def test_touched_rows_can_be_given(as_tree):
         updates, by_mask = jax.jit(solver.update)(tree, by_mask, params, touched=touched)
         np.testing.assert_allclose(updates["item"], expected["item"], rtol=1e-5, atol=1e-8)
     # The mask decides, not the zeros: a touched row with a zero gradient decays.
-    mu = _of_tables(by_mask, "mu")["item"]
+    mu = of_tables(by_mask, "mu")["item"]
     everywhere = {"item": jnp.ones(20, bool), "w": True} if as_tree else jnp.ones(20, bool)
     tree = {"item": jnp.zeros((20, 3)), "w": jnp.ones(2)}
     _, state = solver.update(tree, by_mask, params, touched=everywhere)
-    decayed = _of_tables(state, "mu")["item"]
+    decayed = of_tables(state, "mu")["item"]
     assert ((abs(decayed) < abs(mu)) | (mu == 0)).all() and (mu != 0).any()
 
 
@@ -147,7 +148,7 @@ def test_touched_rows_inside_of_a_partition_of_the_users():
     solver = optax.partition(inner, {"item": "train", "w": "train", "fixed": "not"})
     touched = {"item": jnp.arange(20) < 3, "w": True, "fixed": True}
     _, state = solver.update(params, solver.init(params), params, touched=touched)
-    (mu,) = jax.tree.leaves(_of_tables(optax.tree.get(state, "train"), "mu"))
+    (mu,) = jax.tree.leaves(of_tables(optax.tree.get(state, "train"), "mu"))
     np.testing.assert_array_equal((mu != 0).any(axis=1), touched["item"])
 
 
@@ -218,7 +219,7 @@ def test_functions_may_look_at_the_parameters():
     moved, state = _run(solver, [zeros], params)
     for name, expected in {"item": 1.0, "w": 0.95, "bias": 1.0}.items():
         np.testing.assert_allclose(moved[name], expected, rtol=1e-6)
-    (moments,) = jax.tree.leaves(_of_tables(state, "mu"))
+    (moments,) = jax.tree.leaves(of_tables(state, "mu"))
     assert moments.shape == (20, 3)
 
 
@@ -647,7 +648,7 @@ class TestNaN:
         updates, state = solver.update(self.bad, solver.init(params), params)
         np.testing.assert_array_equal(np.isnan(updates).all(axis=1), self.near)
         np.testing.assert_array_equal(np.isnan(updates).any(axis=1), self.near)
-        mu = _of_tables(state, "mu")
+        mu = of_tables(state, "mu")
         np.testing.assert_array_equal(np.isnan(mu).any(axis=1), np.arange(20) == 5)
         updates, _ = solver.update(self.good, state, params)  # it does not wear off
         np.testing.assert_array_equal(np.isnan(updates).any(axis=1), self.near)
