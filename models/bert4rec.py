@@ -11,6 +11,7 @@ from models.layers import (
     Window,
     check_heads,
     check_rates,
+    check_sizes,
     dropout,
     layer_norm,
     split_key,
@@ -46,6 +47,7 @@ class BERT4Rec(Encoder, nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_heads(dim, num_heads)
+        check_sizes(num_items=num_items, max_length=max_length, num_blocks=num_blocks)
         check_rates(dropout_rate=dropout_rate)
         self.max_length = max_length
         self.dropout_rate = dropout_rate
@@ -54,7 +56,7 @@ class BERT4Rec(Encoder, nnx.Module):
             nnx.Embed(rows, dim, embedding_init=clamped_xavier_normal, rngs=rngs)
             for rows in (num_rows, max_length, num_rows)
         )
-        self.output_bias = nnx.Param(jnp.zeros(num_rows))
+        self.output_bias = nnx.Param(jnp.zeros(num_rows, jnp.float32))
         self.input_norm = layer_norm(dim, LAYER_NORM_EPS, rngs)
         # The published network copies one block, and draws anew all but this projection.
         projection_key = rngs.params()
@@ -67,8 +69,10 @@ class BERT4Rec(Encoder, nnx.Module):
         """Rows `[..., dim]` of the output table and their biases `[...]`; by default those of
         the items, without the special rows."""
         weights, biases = self.all_rows()
-        index = slice(self.num_special, None) if rows is None else rows
-        return weights[index], biases[index]
+        if rows is None:
+            return weights[self.num_special :], biases[self.num_special :]
+        # Not by brackets, which take the last row for one that is not there.
+        return jnp.take(weights, rows, axis=0), jnp.take(biases, rows)
 
     def all_rows(self) -> tuple[jax.Array, jax.Array]:
         """`items` for every row, special ones included: the classes of the training loss."""

@@ -9,8 +9,10 @@ from models.encoder import Encoder, self_attention
 from models.layers import (
     Window,
     attend,
+    check_cosine_scale,
     check_heads,
     check_rates,
+    check_sizes,
     dropout,
     layer_norm,
     split_key,
@@ -34,7 +36,19 @@ class BSARec(Encoder, DotProduct, nnx.Module):
     The published network filters whole padded rows, so that a slot sees the items after it,
     and trains on the last slot of a row for every prefix. Here the filter is causal, with the
     weights that the published one has for a row's last slot, and padding is silence to it. So
-    every slot can have a target, in one pass over a sequence.
+    every slot can have a target, in one pass over a sequence. Initial values are those of the
+    other networks here, Xavier-normal and drawn for each block; the authors' code draws all
+    from N(0, 0.02) and copies one block.
+
+    Args:
+      num_items: of the catalogue.
+      dim: width of the table and of all layers.
+      max_length: the longest sequence, and the length of the Fourier transform.
+      num_blocks, num_heads: of the network.
+      dropout_rate, attention_dropout_rate: of the layers' outputs, and of attention's weights.
+      filter_weight: share of the filter beside attention (the paper's alpha).
+      filter_cutoff: the lowest `filter_cutoff // 2 + 1` frequencies count as low (its c).
+      rngs: for the parameters.
     """
 
     causal = True
@@ -55,15 +69,18 @@ class BSARec(Encoder, DotProduct, nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_heads(dim, num_heads)
+        check_sizes(
+            num_items=num_items,
+            max_length=max_length,
+            num_blocks=num_blocks,
+            filter_cutoff=filter_cutoff,
+        )
         check_rates(dropout_rate=dropout_rate, attention_dropout_rate=attention_dropout_rate)
         if not 0 <= filter_weight <= 1:
             raise ValueError(f"`filter_weight` must be in [0, 1], got {filter_weight}.")
-        if filter_cutoff < 1 or filter_cutoff != int(filter_cutoff):
-            raise ValueError(
-                f"`filter_cutoff` must be a positive integer, got {filter_cutoff}."
-            )
         self.max_length = max_length
         self.dropout_rate = dropout_rate
+        check_cosine_scale(cosine_scale)
         self.cosine_scale = cosine_scale
         self.item_embedding, self.position_embedding = (
             nnx.Embed(rows, dim, embedding_init=narrow_normal, rngs=rngs)
@@ -106,7 +123,7 @@ class Block(nnx.Module):
         # Not an array: Flax compares a module's static attributes, and needs their hash.
         self.kernel = tuple(kernel.tolist())
         # What is kept of the high frequencies is the square of this (the paper's beta).
-        self.root_high = nnx.Param(jax.random.normal(rngs.params(), (dim,)))
+        self.root_high = nnx.Param(jax.random.normal(rngs.params(), (dim,), jnp.float32))
         self.query_key_value = nnx.Linear(
             dim, 3 * dim, kernel_init=three_xavier_normal, rngs=rngs
         )

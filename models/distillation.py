@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from models.layers import uniform
+from models.layers import check_positive, check_sizes, uniform
 from models.losses import mean_in_chunks, weighted_mean
 from models.scoring import Items, States
 
@@ -129,12 +129,18 @@ def _over_catalogue(
     chunk_size: int,
 ) -> jax.Array:
     """Weighted mean of `divergence(scores, teacher's scores, targets)`, `[C]` of `[C, N]`."""
+    check_positive(temperature=temperature)
 
     def of_chunk(items: Any, states: States, fixed: Any) -> jax.Array:
         own, teachers = items
         teacher_states, targets = fixed
         scores = student.score_all(states, own)
         soft = teacher.score_all(teacher_states, jax.lax.stop_gradient(teachers))
+        if soft.shape != scores.shape:
+            raise ValueError(
+                f"The teacher must score the {scores.shape[1]} items that the student scores, "
+                f"but it scores {soft.shape[1]}."
+            )
         return temperature**2 * divergence(scores / temperature, soft / temperature, targets)
 
     items, fixed = (student.items, teacher.items), (teacher.states, targets)
@@ -175,6 +181,8 @@ def rkd(
       Park et al., `Relational knowledge distillation <https://arxiv.org/abs/1904.05068>`_,
       CVPR 2019
     """
+    if len(student[1]) < 2:
+        raise ValueError(f"`rkd` takes two items of a slot or more, got {len(student[1])}.")
     (distances, angles), (wanted, wanted_angles) = (
         _relations(*side, weights) for side in (student, jax.lax.stop_gradient(teacher))
     )
@@ -214,6 +222,7 @@ class Experts(nnx.Module):
     """
 
     def __init__(self, dim: int, teacher_dim: int, num_groups: int, *, rngs: nnx.Rngs):
+        check_sizes(dim=dim, teacher_dim=teacher_dim, num_groups=num_groups)
         middle = (dim + teacher_dim) // 2
 
         def param(fan_in: int, *shape: int) -> nnx.Param:
@@ -285,8 +294,15 @@ def htd(
       Kang et al., `Topology distillation for recommender system
       <https://arxiv.org/abs/2106.08700>`_, KDD 2021
     """
-    teacher = jax.lax.stop_gradient(teacher)
-    of_experts, members = jnp.zeros(()), []
+    check_positive(gumbel_temperature=gumbel_temperature)
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"`htd`: `gamma` must lie in [0, 1], got {gamma}.")
+    # What does not count may hold anything, and 0 times NaN is NaN.
+    student, teacher = (
+        Entities(*(jnp.where(c[:, None], x, 0) for x, c in zip(side, used, strict=True)))
+        for side in (student, jax.lax.stop_gradient(teacher))
+    )
+    of_experts, members = 0.0, []
     sides = zip((groups.for_users, groups.for_items), student, teacher, used, strict=True)
     for place, (experts, own, wanted, counts) in enumerate(sides):
         preferences = experts.preferences(wanted)

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.layers import check_rates, dropout, uniform, xavier_normal
+from models.layers import (
+    check_cosine_scale,
+    check_rates,
+    check_sizes,
+    dropout,
+    uniform,
+    xavier_normal,
+)
 from models.packing import Packed
 from models.recurrence import gru_cell, packed_gru
 from models.scoring import DotProduct
@@ -31,6 +38,8 @@ class GRU4Rec(DotProduct, nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_rates(dropout_rate=dropout_rate)
+        check_sizes(num_items=num_items, dim=dim, hidden_dim=hidden_dim, max_length=max_length)
+        check_cosine_scale(cosine_scale)
         self.max_length = max_length
         self.dropout_rate = dropout_rate
         self.cosine_scale = cosine_scale
@@ -68,6 +77,8 @@ class GRU4Rec(DotProduct, nnx.Module):
         Returns:
           `[B, S, dim]`; slot t is the state after the items up to t.
         """
+        if items.ndim != 2:
+            raise ValueError(f"`items` must have the shape [B, S], got {items.shape}.")
         # A padding slot contributes no gradient to the table's row 0.
         embedded = jnp.where((items > 0)[..., None], self.item_embedding(items), 0)
         embedded = dropout(embedded, self.dropout_rate, dropout_key)

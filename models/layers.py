@@ -1,6 +1,7 @@
 """What the backbones share: initial values, dropout, attention over a packed stream."""
 
 import math
+import numbers
 from typing import Protocol
 
 import jax
@@ -52,8 +53,28 @@ def layer_norm(dim: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(dim, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
 
+def check_sizes(**sizes: int) -> None:
+    """Refuses sizes, by their names, that are no positive integers."""
+    for name, size in sizes.items():
+        if not isinstance(size, numbers.Integral) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"`{name}` must be a positive integer, got {size!r}.")
+
+
+def check_positive(**values: float) -> None:
+    """Refuses numbers, by their names, that are not positive and finite."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"`{name}` must be positive, got {value}.")
+
+
+def check_cosine_scale(cosine_scale: float) -> None:
+    if not 0 <= cosine_scale < math.inf:
+        raise ValueError(f"`cosine_scale` must be at least 0, got {cosine_scale}.")
+
+
 def check_heads(dim: int, num_heads: int) -> None:
     """Refuses a width that heads cannot share equally."""
+    check_sizes(dim=dim, num_heads=num_heads)
     if dim % num_heads:
         raise ValueError(f"`dim` must be a multiple of `num_heads`, got {dim}, {num_heads}.")
 
@@ -67,7 +88,7 @@ def check_rates(**rates: float) -> None:
 
 def check_padded(items: jax.Array, max_length: int) -> None:
     """Refuses a batch whose rows would be spread over, or not fit, the learned positions."""
-    if items.shape[-1] != max_length:
+    if items.ndim != 2 or items.shape[1] != max_length:
         raise ValueError(
             f"`items` must have the shape [B, max_length={max_length}], filled up with 0 on "
             f"the left, got {items.shape}."
@@ -264,8 +285,9 @@ def packed_causal_attention(
     query, key, value = band.queries(query), band.keys(key), band.keys(value)
     logits = jnp.einsum("hnqd,hnkd->hnqk", query, key) * scale
     logits = jnp.where(band.mask, logits, MASKED)
-    virtual_key, virtual_value = padding or (jnp.zeros((num_heads, head_dim)),) * 2
-    num_padding = band.tiles(stream.num_padding(max_length)) if padding else jnp.zeros((1, 1))
+    virtual_key, virtual_value = padding or (jnp.zeros((num_heads, head_dim), query.dtype),) * 2
+    num_padding = stream.num_padding(max_length) if padding else jnp.zeros_like(stream.offset)
+    num_padding = band.tiles(num_padding)
     virtual = jnp.einsum("hnqd,hd->hnq", query, virtual_key) * scale
     # As wide as the logits: the logarithm of an int32 has single precision at most.
     wide = jnp.promote_types(virtual.dtype, jnp.float32)
@@ -284,13 +306,14 @@ def packed_causal_attention(
             virtual *= kept / (jnp.maximum(num_padding, 1) * (1 - rate))
     out = jnp.einsum("hnqk,hnkd->hnqd", weights, value)
     out += virtual[..., None] * virtual_value[:, None, None]
-    return band.join(out / total[..., None])
+    return band.join(out / total[..., None]).astype(value.dtype)
 
 
 def binomial(
     key: jax.Array, count: jax.Array, probability: float, max_count: int, shape
 ) -> jax.Array:
-    """Draws of Binomial(count, probability) by inversion, `shape` + broadcast of `count`.
+    """Draws of Binomial(count, probability) by inversion, `[*shape]`, to which `count`
+    broadcasts.
 
     The distribution function is tabulated for every count up to `max_count`, which is a few
     thousand numbers, and a uniform draw is compared with one row of it.

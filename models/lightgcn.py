@@ -11,6 +11,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.nn.initializers import normal
 
+from models.layers import check_sizes
 from models.scoring import DotProduct
 
 # The paper says Xavier; its authors' PyTorch code prefers a plain normal distribution, since
@@ -57,6 +58,9 @@ class LightGCN(DotProduct, nnx.Module):
         num_layers: int = 3,
         rngs: nnx.Rngs,
     ):
+        check_sizes(num_items=num_items, num_users=num_users, dim=dim)
+        if num_layers < 0:
+            raise ValueError(f"`num_layers` must be at least 0, got {num_layers}.")
         table = functools.partial(
             nnx.Embed, features=dim, embedding_init=normal(INIT_STD), rngs=rngs
         )

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from models.layers import check_sizes
 from models.scoring import Items, States
 
 
@@ -53,6 +54,8 @@ def gbce(
     References:
       Petrov and Macdonald, `gSASRec <https://arxiv.org/abs/2308.07192>`_, RecSys 2023
     """
+    if num_items < 2:
+        raise ValueError(f"`gbce`: `num_items` must be at least 2, got {num_items}.")
     if not 0 <= t <= 1:
         raise ValueError(f"`gbce`: `t` must lie in [0, 1], got {t}.")
     rate = negative.size / positive.size / (num_items - 1)
@@ -102,6 +105,9 @@ def sampled_softmax(
       Bengio and Senécal, `Adaptive importance sampling
       <https://doi.org/10.1109/TNN.2007.912312>`_, IEEE TNN 2008
     """
+    _check_shape("weights", weights, positive.shape)
+    if hits is not None:
+        _check_shape("hits", hits, negative.shape)
     negative = _per_negative(positive, negative)
     count = jnp.full(positive.shape, negative.shape[1])
     if hits is not None:
@@ -144,6 +150,7 @@ def cross_entropy(
         raise ValueError(
             f"`cross_entropy`: `label_smoothing` must lie in [0, 1), got {label_smoothing}."
         )
+    _check_shape("positive", positive, (len(jax.tree.leaves(states)[0]),))
 
     def chunk_loss(items: Items, slots: tuple[States, jax.Array], _: None) -> jax.Array:
         states, positive = slots
@@ -178,7 +185,9 @@ def mean_in_chunks(
       weights: `[T]`.
       chunk_size: C, slots at a time.
     """
+    check_sizes(chunk_size=chunk_size)
     _check_shape("weights", weights, (len(jax.tree.leaves(slots)[0]),))
+    weights = weights.astype(jnp.result_type(weights, float))  # bools have no derivative
     used = weights > 0
     pieces = ((slots, jnp.where(used, weights, 0)), fixed)
     # No infinite score, which times a weight of 0 would be NaN.

@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 from jax.nn.initializers import normal
 
+from models.layers import check_sizes
 from models.scoring import DotProduct
 
 INIT_STD = 1e-4
@@ -23,6 +24,7 @@ class MF(DotProduct, nnx.Module):
     num_special = 0
 
     def __init__(self, num_items: int, num_users: int, *, dim: int = 64, rngs: nnx.Rngs):
+        check_sizes(num_items=num_items, num_users=num_users, dim=dim)
         self.user_embedding, self.item_embedding = (
             nnx.Embed(num, dim, embedding_init=normal(INIT_STD), rngs=rngs)
             for num in (num_users, num_items)

@@ -86,7 +86,10 @@ def packed_gru(
 
 
 def _tiles(stream: Packed, max_length: int, tile_rows: int, num_tiles: int) -> Tiles:
-    lengths = stream.lengths
+    # What the stream holds of each sequence: it may have been cut at its end.
+    begins = jnp.cumsum(stream.lengths) - stream.lengths
+    room = jnp.clip(len(stream.offset) - begins, 0, max_length)
+    lengths = jnp.minimum(stream.lengths, room)
     longest_first = jnp.argsort(-lengths)
     rank = jnp.argsort(longest_first).astype(jnp.int32)
     alive = (lengths > jnp.arange(max_length)[:, None]).sum(axis=1, dtype=jnp.int32)

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.layers import (
+    check_cosine_scale,
     check_heads,
     check_padded,
     check_rates,
+    check_sizes,
     dropout,
     layer_norm,
     packed_causal_attention,
@@ -57,9 +59,11 @@ class SASRec(DotProduct, nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_heads(dim, num_heads)
+        check_sizes(num_items=num_items, max_length=max_length, num_blocks=num_blocks)
         check_rates(dropout_rate=dropout_rate)
         self.max_length = max_length
         self.dropout_rate = dropout_rate
+        check_cosine_scale(cosine_scale)
         self.cosine_scale = cosine_scale
         self.mask_padding = mask_padding
         self.input_scale = math.sqrt(dim) if scale_input else 1.0

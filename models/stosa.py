@@ -15,6 +15,7 @@ from models.layers import (
     check_heads,
     check_padded,
     check_rates,
+    check_sizes,
     dropout,
     layer_norm,
     packed_positions,
@@ -61,6 +62,7 @@ class STOSA(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_heads(dim, num_heads)
+        check_sizes(num_items=num_items, max_length=max_length, num_blocks=num_blocks)
         check_rates(dropout_rate=dropout_rate, attention_dropout_rate=attention_dropout_rate)
         self.max_length = max_length
         self.dropout_rate = dropout_rate

@@ -148,6 +148,8 @@ def test_rkd_against_the_paper():
     value, gradient = jax.value_and_grad(loss)(*drawn, WEIGHTS)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert not np.any(gradient[0][2]) and np.any(gradient[0][0])
+    of_teacher = jax.grad(loss, argnums=1)(*drawn, WEIGHTS)
+    assert not any(np.any(leaf) for leaf in of_teacher)
     # Distances count by their mean, and angles do not see the scale.
     larger = jax.tree.map(lambda x: 10 * x, drawn[0])
     np.testing.assert_allclose(rkd(larger, drawn[0], WEIGHTS), 0, atol=1e-10)
@@ -201,3 +203,37 @@ def test_htd_against_the_paper():
     gradient = jax.grad(lambda s: htd(groups, s, teacher, used, key))(student)
     assert not np.any(gradient.users[5]) and not np.any(gradient.items[2])
     assert np.any(gradient.users[0]) and np.any(gradient.items[0])
+    # By differences, so that it passes through the means, too.
+    step = Entities(draw(7, 6, DIM), draw(8, 8, DIM))
+    moved = [jax.tree.map(lambda x, d, e=e: x + e * d, student, step) for e in (1e-3, -1e-3)]
+    sides = [htd(groups, one, teacher, used, key) for one in moved]
+    slope = sum((g * d).sum() for g, d in zip(gradient, step, strict=True))
+    np.testing.assert_allclose(slope, (sides[0] - sides[1]) / 2e-3, rtol=2e-2)
+    of_teacher = jax.grad(lambda t: htd(groups, student, t, used, key))(teacher)
+    assert not any(np.any(leaf) for leaf in of_teacher)
+    # What does not count may hold anything.
+    spoilt = jax.tree.map(lambda x, c: np.where(c[:, None], x, np.nan), teacher, used)
+    np.testing.assert_array_equal(htd(groups, student, spoilt, used, key, gamma=0.3), value)
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="`temperature` must be positive, got 0"):
+        over_catalogue("kd", STUDENT, TEACHER, temperature=0)
+    with pytest.raises(
+        ValueError, match="the 1 items that the student scores, but it scores 9"
+    ):
+        over_catalogue("dkd", (STUDENT[0], STUDENT[1][:1]), TEACHER)
+    one = draw(0, NUM_SLOTS, 2), draw(1, 1, NUM_SLOTS, 2)
+    with pytest.raises(ValueError, match="takes two items of a slot or more, got 1"):
+        rkd(one, one, WEIGHTS)
+    with pytest.raises(ValueError, match="`num_groups` must be a positive integer, got 0"):
+        Groups(DIM, TEACHER_DIM, num_groups=0, rngs=nnx.Rngs(0))
+    groups = Groups(DIM, DIM, num_groups=2, rngs=nnx.Rngs(0))
+    both = Entities(draw(0, 2, DIM), draw(1, 2, DIM))
+    used = Entities(jnp.ones(2, bool), jnp.ones(2, bool))
+    for settings, message in (
+        ({"gumbel_temperature": 0}, "`gumbel_temperature` must be positive, got 0"),
+        ({"gamma": 2}, r"`gamma` must lie in \[0, 1\], got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            htd(groups, both, both, used, jax.random.key(0), **settings)

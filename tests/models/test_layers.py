@@ -1,5 +1,8 @@
 """Dropout, binomial draws, and attention over a packed stream against the padded one."""
 
+import inspect
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,20 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from models import STOSA, BERT4Rec, BSARec, GRU4Rec, SASRec
+from models import (
+    MF,
+    STOSA,
+    BERT4Rec,
+    BSARec,
+    GRU4Rec,
+    LightGCN,
+    SASRec,
+    bert4rec,
+    bsarec,
+    encoder,
+    layers,
+    sasrec,
+)
 from models.layers import (
     _binomial_cdf,
     binomial,
@@ -304,9 +320,66 @@ def test_masked_padding_takes_no_part_in_dropout():
 
 
 @pytest.mark.parametrize("model", [SASRec, BERT4Rec, STOSA, BSARec])
-def test_a_batch_of_another_length_is_refused(model):
+def test_a_batch_of_another_shape_is_refused(model):
     """One column would be spread over all positions."""
     module = model(9, dim=4, num_heads=1, max_length=6, rngs=nnx.Rngs(0))
-    for width in (1, 7):
+    for shape in ((2, 1), (2, 7), (6,), (1, 2, 6)):
         with pytest.raises(ValueError, match="`items` must have the shape .*max_length=6"):
-            module(jnp.ones((2, width), jnp.int32))
+            module(jnp.ones(shape, jnp.int32))
+    with pytest.raises(ValueError, match=r"`items` must have the shape \[B, S\], got \(3,\)"):
+        GRU4Rec(9, dim=4, rngs=nnx.Rngs(0))(jnp.ones(3, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dim", 0, "`dim` must be a positive integer, got 0"),
+        ("num_items", -1, "`num_items` must be a positive integer, got -1"),
+        ("max_length", 0, "`max_length` must be a positive integer, got 0"),
+        ("num_heads", -2, "`num_heads` must be a positive integer, got -2"),
+        ("num_blocks", 1.5, "`num_blocks` must be a positive integer, got 1.5"),
+        ("filter_cutoff", 3.0, "`filter_cutoff` must be a positive integer, got 3.0"),
+        ("cosine_scale", -1.0, "`cosine_scale` must be at least 0, got -1.0"),
+        ("cosine_scale", math.nan, "`cosine_scale` must be at least 0, got nan"),
+        ("hidden_dim", 0, "`hidden_dim` must be a positive integer, got 0"),
+    ],
+)
+def test_bad_sizes(name, value, message):
+    tried = 0
+    for model in (SASRec, BERT4Rec, STOSA, BSARec, GRU4Rec, MF, LightGCN):
+        settings = {"num_items": 9, "num_users": 9, "dim": 4} | {name: value}
+        known = inspect.signature(model.__init__).parameters
+        if name in known:
+            given = {key: settings[key] for key in settings if key in known}
+            with pytest.raises(ValueError, match=message):
+                model(**given, rngs=nnx.Rngs(0))
+            tried += 1
+    assert tried
+
+
+# By the model: the inputs' dropout, then for each block that of attention's weights and those
+# of the layers' outputs, which have the width 4 here, and 16 inside of BERT4Rec's.
+PLACES = {
+    SASRec: [(4, 0.3), (3, 0.3), (4, 0.3), (4, 0.3)],
+    BERT4Rec: [(4, 0.3), (3, 0.3), (4, 0.3), (16, 0.3), (4, 0.3)],
+    BSARec: [(4, 0.3), (4, 0.3), (3, 0.1), (4, 0.3), (4, 0.3)],
+}
+
+
+@pytest.mark.parametrize("model", PLACES)
+def test_where_dropout_is(model, monkeypatch):
+    found = []
+
+    def recorded(x, rate, key):
+        assert key is not None
+        found.append((x.shape[-1], rate))
+        return x
+
+    for module in (layers, encoder, sasrec, bert4rec, bsarec):
+        monkeypatch.setattr(module, "dropout", recorded)
+    settings = {"dropout_rate": 0.3, "num_blocks": 1, "num_heads": 2, "max_length": 3, "dim": 4}
+    if model is BSARec:
+        settings["attention_dropout_rate"] = 0.1
+    module = model(9, **settings, rngs=nnx.Rngs(0))
+    module(jnp.array([[0, 1, 2]]), dropout_key=jax.random.key(0))
+    assert found == PLACES[model]

@@ -423,6 +423,27 @@ def test_scores_and_weights_of_other_slots_are_refused(loss):
         loss(positive, negative, weights[:, None])
     with pytest.raises(ValueError, match=r"`weights` must have the shape \(4,\) of the slots"):
         cross_entropy(dot, positive[:, None], jnp.ones((3, 1)), positive, weights[:, None])
+    with pytest.raises(ValueError, match=r"`positive` must have the shape \(4,\) of the slots"):
+        cross_entropy(dot, positive[:, None], jnp.ones((3, 1)), positive[:, None], weights)
+    with pytest.raises(ValueError, match=r"`hits` must have the shape \(4, 2\) of the slots"):
+        hits = jnp.zeros((4, 1), bool)
+        sampled_softmax(positive, negative, weights, num_items=9, hits=hits)
+    with pytest.raises(ValueError, match="`chunk_size` must be a positive integer, got 0"):
+        form = functools.partial(cross_entropy, chunk_size=0)
+        form(dot, positive[:, None], jnp.ones((3, 1)), positive, weights)
+    with pytest.raises(ValueError, match="`num_items` must be at least 2, got 1"):
+        gbce(positive, negative, weights, num_items=1, t=0.5)
+
+
+def test_weights_may_be_bools():
+    def loss(states, weights):
+        return cross_entropy(dot, states, jnp.eye(3), states[:, 0], weights, chunk_size=2)
+
+    states = jnp.arange(12.0).reshape(4, 3)
+    used = jnp.array([True, False, True, True])
+    expected = jax.value_and_grad(loss)(states, used.astype(jnp.float32))
+    for found, one in zip(jax.value_and_grad(loss)(states, used), expected, strict=True):
+        np.testing.assert_array_equal(found, one)
 
 
 def test_cross_entropy_sums_the_gradient_of_a_narrow_table_in_float32():

@@ -68,6 +68,17 @@ def test_equals_padded(lengths, backend, spare_slots, monkeypatch, x64):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("num_slots", [192, 40])
+def test_a_stream_that_is_cut_holds_the_states_of_what_is_left(num_slots, backend, monkeypatch):
+    monkeypatch.setattr(recurrence.jax, "default_backend", lambda: backend)
+    weights, inputs, whole = case([MAX_LENGTH] * 64)
+    cut = pack(np.zeros(64, int), [MAX_LENGTH] * 64, num_slots)
+    expected = packed_gru(weights, inputs, whole, MAX_LENGTH)[:num_slots]
+    found = packed_gru(weights, inputs[:num_slots], cut, MAX_LENGTH)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_gradients_have_the_types_of_their_arguments(backend, monkeypatch):
     monkeypatch.setattr(recurrence.jax, "default_backend", lambda: backend)
     weights, inputs, stream = case(LENGTHS["some empty"], 2)
