@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -367,7 +368,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("model", PLACES)
-def test_where_dropout_is(model, monkeypatch):
+def test_where_dropout_is(model: Any, monkeypatch):
     found = []
 
     def recorded(x, rate, key):
@@ -377,7 +378,13 @@ def test_where_dropout_is(model, monkeypatch):
 
     for module in (layers, encoder, sasrec, bert4rec, bsarec):
         monkeypatch.setattr(module, "dropout", recorded)
-    settings = {"dropout_rate": 0.3, "num_blocks": 1, "num_heads": 2, "max_length": 3, "dim": 4}
+    settings: dict[str, Any] = {
+        "dropout_rate": 0.3,
+        "num_blocks": 1,
+        "num_heads": 2,
+        "max_length": 3,
+        "dim": 4,
+    }
     if model is BSARec:
         settings["attention_dropout_rate"] = 0.1
     module = model(9, **settings, rngs=nnx.Rngs(0))
