@@ -351,7 +351,7 @@ def test_bad_sizes(name, value, message):
         settings = {"num_items": 9, "num_users": 9, "dim": 4} | {name: value}
         known = inspect.signature(model.__init__).parameters
         if name in known:
-            given = {key: settings[key] for key in settings if key in known}
+            given: Any = {key: settings[key] for key in settings if key in known}
             with pytest.raises(ValueError, match=message):
                 model(**given, rngs=nnx.Rngs(0))
             tried += 1
