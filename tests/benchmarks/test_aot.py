@@ -1,8 +1,5 @@
 """Ahead-of-time compilation: the account of a program, the page, and two real compilers."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,36 +9,16 @@ import pytest
 from benchmarks import aot
 from benchmarks.aot import HEAD, SIZES, Step, Use, collectives, compile_step, page, row
 from benchmarks.targets import TARGETS, missing
+from tests.processes import output, start
 
 FOLDER = Path(__file__).parent
-ROOT = FOLDER.parents[1]
-
-
-def _run(*args: str, **env: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *args],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTEST_ADDOPTS": ""} | env,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_on_eight_devices():
-    suite = (
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/benchmarks/eight_devices.py",
-    )
-    flags = "--xla_backend_optimization_level=0"  # compiles faster
-    output = _run(*suite, JAX_NUM_CPU_DEVICES="8", XLA_FLAGS=flags)
-    assert "3 passed" in output, output
+    suite = "tests/benchmarks/eight_devices.py"
+    process = start("-m", "pytest", "-q", "-p", "no:cacheprovider", suite, devices=8)
+    printed = output(process, timeout=300)
+    assert "3 passed" in printed, printed
 
 
 @pytest.mark.parametrize(
@@ -144,6 +121,9 @@ def test_compiles_for_devices_that_are_not_there(target, tmp_path):
     if package := missing(TARGETS[target]):
         pytest.skip(f"its compiler, {package}, is not installed")
     out = tmp_path / "page.md"
-    _run("-m", "benchmarks", "aot", "--targets", target, "--sizes", "beauty", "--out", str(out))
+    options = "--targets", target, "--sizes", "beauty", "--out", str(out)
+    # As a user compiles them: XLA's flags of the tests would change the programs.
+    process = start("-m", "benchmarks", "aot", *options, devices=1, XLA_FLAGS="")
+    output(process, timeout=1200)
     (line,) = [line for line in out.read_text().splitlines() if line.startswith(f"| {target}")]
     assert "| yes, of" in line and "2 all-to-all" in line
