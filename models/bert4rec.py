@@ -30,6 +30,21 @@ class BERT4Rec(Encoder, nnx.Module):
     bias: they are logits over all rows, which training normalises over padding and mask too
     (`all_rows`). The module holds parameters only; a `dropout_key` at call time means
     training, none means evaluation.
+
+    Args:
+      num_items: of the catalogue; the tables have two rows more.
+      dim: width of the tables and of all layers, a multiple of `num_heads`.
+      max_length: the longest sequence, in items; at test the mask at its end is one of them.
+      num_blocks, num_heads: of the network.
+      dropout_rate: of the input, of attention's weights and of each layer's output.
+      rngs: for the parameters.
+
+    Raises:
+      ValueError: a size or rate is out of its range.
+
+    References:
+      Sun et al, `BERT4Rec: Sequential Recommendation with Bidirectional Encoder
+      Representations from Transformer <https://arxiv.org/abs/1904.06690>`_, CIKM 2019
     """
 
     num_special = 2

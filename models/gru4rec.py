@@ -23,7 +23,25 @@ class GRU4Rec(DotProduct, nnx.Module):
     """One gated recurrent layer without biases, and a dense layer back to the items' width.
 
     Table row 0 is padding and item i lives in row i + 1. The score of an item for a state is
-    the dot product of the state with the item's row. The only dropout is on the embeddings.
+    the dot product of the state with the item's row. The only dropout is on the embeddings. The
+    module holds parameters only; a `dropout_key` at call time means training, none means
+    evaluation.
+
+    Args:
+      num_items: of the catalogue; the table has a row more.
+      dim: width of the table and of the states that are scored.
+      hidden_dim: width of the recurrent state.
+      max_length: the longest sequence, in items.
+      dropout_rate: of the embeddings.
+      cosine_scale: that of `scoring.DotProduct`; 0 for plain dot products.
+      rngs: for the parameters.
+
+    Raises:
+      ValueError: a size, rate or scale is out of its range.
+
+    References:
+      Hidasi et al, `Session-based Recommendations with Recurrent Neural Networks
+      <https://arxiv.org/abs/1511.06939>`_, ICLR 2016
     """
 
     def __init__(

@@ -37,10 +37,27 @@ class SASRec(DotProduct, nnx.Module):
     `dropout_key` at call time means training, none means evaluation.
 
     The published numbers come from a network with three peculiarities, which are the
-    defaults: only the query of an attention layer is normalised
-    (`normalize_key_value=False`), padding slots take part in the soft-max
-    (`mask_padding=False`), and the embeddings are scaled by sqrt(dim) on input but not in the
-    scores (`scale_input=True`). `cosine_scale` is that of `scoring.DotProduct`.
+    defaults: only the query of an attention layer is normalised, padding slots take part in
+    the soft-max, and the embeddings are scaled by sqrt(dim) on input but not in the scores.
+
+    Args:
+      num_items: of the catalogue; the table has a row more.
+      dim: width of the table and of all layers, a multiple of `num_heads`.
+      max_length: the longest sequence, in items.
+      num_blocks, num_heads: of the network.
+      dropout_rate: of the input, of attention's weights and of both feed-forward layers.
+      normalize_key_value: whether keys and values are normalised as queries are.
+      mask_padding: whether padding slots are left out of the soft-max.
+      scale_input: whether embeddings are scaled by sqrt(dim) before positions are added.
+      cosine_scale: that of `scoring.DotProduct`; 0 for plain dot products.
+      rngs: for the parameters.
+
+    Raises:
+      ValueError: a size, rate or scale is out of its range.
+
+    References:
+      Kang and McAuley, `Self-Attentive Sequential Recommendation
+      <https://arxiv.org/abs/1808.09781>`_, ICDM 2018
     """
 
     def __init__(

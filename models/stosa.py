@@ -43,7 +43,24 @@ class STOSA(nnx.Module):
     In the published code, by a misspelt variable, the mean of a state is that of the newest
     item with its position: the history reaches a score through the covariance alone, and the
     values, output and feed-forward layers of the means are not trained. Its numbers come from
-    that network, the default; `fixed=True` returns the means that the layers compute.
+    that network, the default.
+
+    Args:
+      num_items: of the catalogue; each table has a row more.
+      dim: width of each table and of all layers, a multiple of `num_heads`.
+      max_length: the longest sequence, in items.
+      num_blocks, num_heads: of the network.
+      dropout_rate: of the input and of the layers' outputs.
+      attention_dropout_rate: of attention's weights.
+      fixed: whether a state's mean is the one that the layers compute.
+      rngs: for the parameters.
+
+    Raises:
+      ValueError: a size or rate is out of its range.
+
+    References:
+      Fan et al, `Sequential Recommendation via Stochastic Self-Attention
+      <https://arxiv.org/abs/2201.06035>`_, WWW 2022
     """
 
     num_special = 1

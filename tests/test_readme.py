@@ -1,12 +1,20 @@
-"""The README's examples run as they stand, and its commands name what exists."""
+"""The pages for users: examples run as they stand, and what they name exists."""
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+import sevo_jax
+from experiments.ablations import ABLATIONS
+from experiments.config import Model
+from experiments.study import STUDIES
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("README.md", "sevo_jax/README.md", "experiments/README.md")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+EXAMPLES = re.findall(r"```python\n(.*?)```", "".join(PAGES.values()), flags=re.DOTALL)
 
 
 def test_there_is_an_example_for_every_style():
@@ -26,3 +34,30 @@ def test_neighbours_move_in_the_plain_example(capsys):
     rows = [float(x) for x in re.findall(r"0\.\d+", capsys.readouterr().out)]
     assert len(rows) == 4 and all(row < 1 for row in rows)
     assert rows[1] == min(rows)  # the item itself moves most
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    folder = (ROOT / name).parent
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[name]):
+        path, _, anchor = target.partition("#")
+        if "://" in path:
+            continue
+        assert (folder / path).exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.*)", (folder / path).read_text("utf-8"), re.M)
+            assert anchor in [head.lower().replace(" ", "-") for head in heads]
+
+
+def test_the_guide_names_every_way_to_make_a_graph():
+    functions = {name for name in sevo_jax.__all__ if name.endswith("_graph")}
+    assert functions == set(re.findall(r"`(\w+_graph)`", PAGES["sevo_jax/README.md"]))
+
+
+def test_the_experiments_are_all_named():
+    page = PAGES["experiments/README.md"]
+    named = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page[page.index("## Ablations") :], re.M)
+    names = {name for row in named for name in re.findall(r"`(\w+)`", row)} - {"ablate"}
+    assert names == {*ABLATIONS, *STUDIES}
+    models = re.search(r"`--model` is (.*?)\. ", page, re.S)
+    assert models and set(re.findall(r"`(\w+)`", models[1])) == set(get_args(Model))
