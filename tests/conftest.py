@@ -15,9 +15,9 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-# XLA makes a CPU's fused operations by way of MLIR, a third of the suite's time: its programs
-# are many and small. Set `XLA_FLAGS`, even to nothing, and they are made as for users.
-XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false"
+# Programs here are many and run for milliseconds: without MLIR's fused operations and LLVM's
+# optimizations they take half the time. Set `XLA_FLAGS`, even to nothing, for those of users.
+XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,8 +14,6 @@ def start(*args: str, devices: int, **env: str) -> subprocess.Popen[str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTEST_ADDOPTS": "",
-        # Programs for several devices are large: it takes a third less time to compile them so.
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0",
     }
     return subprocess.Popen(
         [sys.executable, *args],
