@@ -4,12 +4,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.config import PRESETS, SEVO_ONLY, Config, Optimizer, known_name, preset
-from experiments.per_user import UserRanks, align, combine, per_user, read_ranks
+from experiments.per_user import UserRanks, align, choose, combine, per_user, read_ranks
 from experiments.published import has_other_sizes
 from experiments.report import SEEDS
 from experiments.statistics import (
@@ -20,7 +20,17 @@ from experiments.statistics import (
     paired_bootstrap,
     paired_t,
 )
-from experiments.tables import Records, config_of, data_of, name_of, sort_key
+from experiments.tables import (
+    Place,
+    Records,
+    config_of,
+    described,
+    device_of,
+    name_of,
+    place_of,
+    sort_key,
+    usual_of,
+)
 
 _RATES = {"learning_rate", "weight_decay", "b1", "b2", "eps", "momentum"}
 
@@ -29,11 +39,13 @@ class Run(NamedTuple):
     """All tested seeds of one configuration on one dataset, from any number of files."""
 
     name: str
-    data: str
-    sizes: tuple[tuple[str, object], ...]  # what the records say of the dataset's size
+    place: Place
+    data: dict[str, Any]  # what the records say of it
     config: Config
+    usual: Config  # the preset that it began with
+    device: str
     tests: dict[int, dict[str, float]]  # by seed, the metrics at the best validation
-    ranks: UserRanks | None  # where a folder keeps them
+    ranks: UserRanks | None  # of those of these tests whose folder keeps them
 
     def mean(self, metric: str, seeds: Iterable[int] | None = None) -> float:
         values = [self.tests[seed][metric] for seed in (self.tests if seeds is None else seeds)]
@@ -49,7 +61,8 @@ class Comparison(NamedTuple):
     seeds: list[int]
     means: tuple[float, float]
     over_seeds: SeedTest | None  # None for a single seed
-    over_users: UserTest | None  # None without ranks of both
+    over_users: UserTest | None  # over those of the seeds whose ranks both have, if any
+    user_seeds: list[int]  # these
     holm: float | None = None  # the p values of `over_seeds`, corrected
     fdr: float | None = None
     users_holm: float | None = None  # the p value of `over_users`, corrected
@@ -76,18 +89,37 @@ def gather(found: Iterable[tuple[Path, Records]]) -> list[Run]:
     """
     groups: dict[object, list[tuple[Path, Records]]] = defaultdict(list)
     for path, records in sorted(found, key=lambda pair: sort_key(pair[1])):
-        groups[config_of(records), data_of(records), _sizes(records)].append((path, records))
-    runs = []
-    for files in groups.values():
-        records = files[0][1]
-        tests: dict[int, dict[str, float]] = {}
-        for record in (r for _, part in files for r in part if r["kind"] == "test"):
-            tests.setdefault(record["seed"], record)
-        kept = [path.with_name("ranks.npz") for path, _ in files]
-        parts = [read_ranks(path) for path in kept if path.exists()]
-        named = (name_of(records), data_of(records), _sizes(records), config_of(records))
-        runs.append(Run(*named, tests, combine(parts) if parts else None))
-    return runs
+        groups[config_of(records), place_of(records)].append((path, records))
+    return [_joined(files) for files in groups.values()]
+
+
+def _joined(files: list[tuple[Path, Records]]) -> Run:
+    """Of a seed that several files have, the one with more seeds counts, with its ranks."""
+    tests: dict[int, dict[str, float]] = {}
+    parts, taken = [], []
+    for path, records in sorted(files, key=lambda pair: -len(_tests(pair[1]))):
+        new = {seed: r for seed, r in _tests(records).items() if seed not in tests}
+        tests |= new
+        taken += new.values()
+        kept = path.with_name("ranks.npz")
+        if new and kept.exists():
+            ranks = read_ranks(kept)
+            parts.append(choose(ranks, [s for s in ranks.seeds.tolist() if s in new]))
+    records = files[0][1]
+    return Run(
+        name_of(records),
+        place_of(records),
+        described(records),
+        config_of(records),
+        usual_of(records),
+        device_of(taken),
+        tests,
+        combine(parts) if parts else None,
+    )
+
+
+def _tests(records: Records) -> dict[int, dict[str, Any]]:
+    return {r["seed"]: r for r in records if r["kind"] == "test"}
 
 
 def compare(
@@ -95,8 +127,10 @@ def compare(
 ) -> list[Comparison]:
     """Compares all pairs that differ in the optimizer alone; p values are corrected together.
 
-    Of a pair, the settings that both optimizers have must agree, and so must the data. The
-    later of two runs is stated against the earlier one.
+    Of a pair, the settings that both optimizers have must agree, and so must the data. Of two
+    optimizers that differ in more than SEvo, such as SEvo-AdamW and Adam, the weight decay must
+    be that of their presets, and the other rates, too, or else equal. The later of two runs is
+    stated against the earlier one.
 
     Args:
       runs: from `gather`; one family of comparisons for the corrections.
@@ -122,8 +156,8 @@ def missing(runs: Iterable[Run]) -> list[Missing]:
     """The presets, with SEvo-AdamW, AdamW and Adam, that lack seeds."""
     done: dict[object, set[int]] = defaultdict(set)
     for run in runs:
-        if not has_other_sizes({"name": run.data, **dict(run.sizes)}):
-            done[known_name(run.data), run.config] |= run.tests.keys()
+        if not has_other_sizes(run.data):
+            done[known_name(run.data["name"]), run.config] |= run.tests.keys()
     found = []
     optimizers: tuple[Optimizer, ...] = ("sevo_adamw", "adamw", "adam")
     for model, data in PRESETS:
@@ -136,32 +170,34 @@ def missing(runs: Iterable[Run]) -> list[Missing]:
     return sorted(found, key=lambda row: row.data == "synthetic")
 
 
-def _sizes(records: Records) -> tuple[tuple[str, object], ...]:
-    data = next(r["data"] for r in records if "data" in r)
-    return tuple(sorted((k, v) for k, v in data.items() if k not in ("name", "source")))
-
-
 def _comparable(first: Run, second: Run) -> bool:
-    if (first.data, first.sizes) != (second.data, second.sizes):
+    if first.place != second.place:
         return False
     ignored = {"optimizer"}
     if _base(first) != _base(second):
-        ignored |= _RATES
+        changed = _changed_rates(first) | _changed_rates(second)
+        if "weight_decay" in changed:  # the same number means another thing to the other
+            return False
+        ignored |= {"weight_decay"} if changed else _RATES
     ignored |= {"placement"} if _has_sevo(first) == _has_sevo(second) else set(SEVO_ONLY)
     one, other = asdict(first.config), asdict(second.config)
     return all(one[name] == other[name] for name in one.keys() - ignored)
 
 
+def _changed_rates(run: Run) -> set[str]:
+    return _RATES & run.config.changes(run.usual).keys()
+
+
 def _compared(first: Run, second: Run, metric: str, samples: int) -> Comparison:
     seeds = sorted(first.tests.keys() & second.tests.keys())
     values = [[run.tests[seed][metric] for seed in seeds] for run in (first, second)]
-    over_seeds = over_users = None
+    over_seeds, over_users, user_seeds = None, None, []
     if len(seeds) > 1:
         over_seeds = paired_t(*map(np.array, values))
     if first.ranks and second.ranks:
-        common = set(first.ranks.seeds.tolist()) & set(second.ranks.seeds.tolist())
-        if common:
-            ranks = align(first.ranks, second.ranks, sorted(common))
+        kept = (set(run.ranks.seeds.tolist()) for run in (first, second) if run.ranks)
+        if user_seeds := sorted(set.intersection(*kept)):
+            ranks = align(first.ranks, second.ranks, user_seeds)
             over_users = paired_bootstrap(
                 *(per_user(r, metric) for r in ranks), samples=samples
             )
@@ -172,7 +208,7 @@ def _compared(first: Run, second: Run, metric: str, samples: int) -> Comparison:
         elif second.config.optimizer == "adam":
             baseline = "adam"
     means = (first.mean(metric, seeds), second.mean(metric, seeds))
-    return Comparison(first, second, baseline, seeds, means, over_seeds, over_users)
+    return Comparison(first, second, baseline, seeds, means, over_seeds, over_users, user_seeds)
 
 
 def _corrected(

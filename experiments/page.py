@@ -9,7 +9,6 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
-from itertools import groupby
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -26,6 +25,7 @@ from experiments.tables import (
     ablation_of,
     ablation_table,
     bucket_tables,
+    by_place,
     command_of,
     config_of,
     curves_table,
@@ -42,11 +42,12 @@ from experiments.tables import (
 
 METRIC = "NDCG@10"
 MAX_CURVES = 8  # in one figure; more cannot be told apart
-_HOW_COMPARED = """<p>Pairs of runs that differ in the optimizer alone, over the seeds that both
-have. The interval and p (t) are Student's, d_z is the mean difference over its standard
-deviation. The sign-flip test is exact and assumes no normal distribution, but with n seeds its
-p value cannot be below 2 / 2<sup>n</sup> (.0625 for five). The corrections are for all rows of
-a table.</p>"""
+_HOW_COMPARED = """<p>Pairs of runs that differ in the optimizer alone (Adam and AdamW also in
+their presets' rates and weight decay), over the seeds that both have; users over those of them
+whose ranks are kept. Where two devices are named, a part of a difference may be theirs. The
+interval and p (t) are Student's, d_z is the mean difference over its standard deviation. The
+sign-flip test is exact and assumes no normal distribution, but with n seeds its p value cannot
+be below 2 / 2<sup>n</sup> (.0625 for five). The corrections are for all rows of a table.</p>"""
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -86,19 +87,16 @@ def render(
     runs = gather(presets)
     contents = [("published", "Beside the published figures"), ("gains", "Gains")]
     sections, pairs = [], []
-    for (data, model, _), group in groupby(presets, key=lambda pair: place_of(pair[1])):
-        members = [run for run in runs if (run.data, run.config.model) == (data, model)]
-        compared = compare(members, METRIC)
+    for title, records in by_place(records for _, records in presets):
+        place = place_of(records[0])
+        compared = compare([run for run in runs if run.place == place], METRIC)
         pairs += compared
-        title, anchor = f"{model} on {data}", _anchor(f"{data}-{model}")
-        contents.append((anchor, title))
-        records = [records for _, records in group]
-        sections.append(_section(title, anchor, records, compared, command))
-    arms = [pair for pair in found if ablation_of(pair[1])]
-    for (data, model, name), group in groupby(arms, key=lambda pair: place_of(pair[1])):
-        title = f"{name}: {model} on {data}"
         contents.append((_anchor(title), title))
-        sections.append(_ablation(title, list(group), command))
+        sections.append(_section(title, records, compared, command))
+    arms = (records for _, records in found if ablation_of(records))
+    for title, records in by_place(arms):
+        contents.append((_anchor(title), title))
+        sections.append(_ablation(title, records, command))
     for path, kept in studies:
         title = study.title_of(kept)
         contents.append((_anchor(title), title))
@@ -138,19 +136,17 @@ def _gains(pairs: Iterable[Comparison], command: str) -> str:
         if pair.baseline == "other":
             continue
         first, second = pair.first, pair.second
-        known = [
-            published(run.config, {"name": run.data, **dict(run.sizes)})
-            for run in (first, second)
-        ]
+        known = [published(run.config, run.data) for run in (first, second)]
         claimed = known[0] and known[1] and gain(known[0][METRIC][0], known[1][METRIC][0])
         rows.append(
             [
-                first.data,
+                first.place.data,
                 first.config.model,
                 first.name,
                 second.name,
                 pair.baseline,
                 str(len(pair.seeds)),
+                _devices(pair),
                 gain(*pair.means),
                 claimed or "",
                 f"{pair.over_seeds.effect:.2f}" if pair.over_seeds else "",
@@ -158,8 +154,8 @@ def _gains(pairs: Iterable[Comparison], command: str) -> str:
                 _p(pair.users_holm),
             ]
         )
-    head = ["data", "model", "run", "against", "baseline", "seeds", "gain", "published gain"]
-    head += ["d_z", "p, seeds", "p, users"]
+    head = ["data", "model", "run", "against", "baseline", "seeds", "device"]
+    head += ["gain", "published gain", "d_z", "p, seeds", "p, users"]
     caption = f"Gains of SEvo in test {METRIC}"
     return f"""<section id="gains"><h2>Gains</h2>
 <p>Each SEvo run against the same optimizer without SEvo, and against Adam, whose baselines the
@@ -169,18 +165,12 @@ below say how they are made.</p>
 </section>"""
 
 
-def _section(
-    title: str,
-    anchor: str,
-    records: list[Records],
-    pairs: list[Comparison],
-    command: str,
-) -> str:
+def _section(title: str, records: list[Records], pairs: list[Comparison], command: str) -> str:
     train = [command_of(run) for run in records]
     tests = _without_place(tests_table(records))
     along = _without_place(curves_table(records))
     parts = [
-        f'<section id="{anchor}"><h2>{escape(title)}</h2>',
+        f'<section id="{_anchor(title)}"><h2>{escape(title)}</h2>',
         table_html("Test metrics", tests, train),
         _figures(title, records, command),
         _comparisons(pairs, command),
@@ -191,9 +181,8 @@ def _section(
     return "\n".join(parts)
 
 
-def _ablation(title: str, arms: list[tuple[Path, Records]], command: str) -> str:
+def _ablation(title: str, records: list[Records], command: str) -> str:
     """The arms of an ablation: tests, curves, and metrics by kind of target and of user."""
-    records = [run for _, run in arms]
     made = sorted({command_of(run) for run in records})
     parts = [
         f'<section id="{_anchor(title)}"><h2>{escape(title)}</h2>',
@@ -255,16 +244,17 @@ def _comparisons(pairs: Sequence[Comparison], command: str) -> str:
         if test := pair.over_seeds:
             row += [_interval(test.difference, test.low, test.high), f"{test.effect:.2f}"]
             row += [_p(test.p), _p(pair.holm), _p(pair.fdr), _p(test.p_exact)]
-        over_seeds.append(row + [""] * (12 - len(row)))
+        over_seeds.append(row + [""] * (12 - len(row)) + [_devices(pair)])
         if test := pair.over_users:
             interval = _interval(test.difference, test.low, test.high)
             tail = [interval, _p(test.p), _p(pair.users_holm), _p(pair.users_fdr)]
-            over_users.append([*names, f"{test.num_users:,}", *tail])
+            counts = [str(len(pair.user_seeds)), f"{test.num_users:,}"]
+            over_users.append([*names, *counts, *tail])
     names = ["run", "against"]
     scores = [METRIC, "of the other", "gain", "difference, 95 % interval"]
     corrected = ["Holm", "Benjamini-Hochberg"]
-    head = [*names, "seeds", *scores, "d_z", "p (t)", *corrected, "p (sign flip)"]
-    users = [*names, "users", "difference, 95 % interval", "p", *corrected]
+    head = [*names, "seeds", *scores, "d_z", "p (t)", *corrected, "p (sign flip)", "device"]
+    users = [*names, "seeds", "users", "difference, 95 % interval", "p", *corrected]
     caption = f"Paired over seeds, test {METRIC}"
     none = "No two of these runs differ in the optimizer alone and share a seed."
     parts = [
@@ -305,6 +295,12 @@ def _missing(found: list[Missing], command: str) -> str:
 <p>The presets that have been tested with fewer seeds than the {SEEDS} of the published
 runs.</p>
 {table_html("Presets that lack seeds", Table(head, rows), [command], none)}</section>"""
+
+
+def _devices(pair: Comparison) -> str:
+    """What both runs were tested on, or the first against the second."""
+    first, second = pair.first.device, pair.second.device
+    return first if first == second else f"{first} against {second}"
 
 
 def _without_place(table: Table) -> Table:

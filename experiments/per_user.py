@@ -76,7 +76,7 @@ def align(
             f"the runs rank other users: {len(only[0])} are in the first alone, "
             f"{len(only[1])} in the second alone."
         )
-    return _arranged(first, seeds), _arranged(second, seeds)
+    return choose(first, seeds), choose(second, seeds)
 
 
 def combine(parts: Sequence[UserRanks]) -> UserRanks:
@@ -88,7 +88,7 @@ def combine(parts: Sequence[UserRanks]) -> UserRanks:
     Raises:
       ValueError: the users differ.
     """
-    whole, *others = (_arranged(part, part.seeds.tolist()) for part in parts)
+    whole, *others = (choose(part, part.seeds.tolist()) for part in parts)
     for part in others:
         if not np.array_equal(part.users, whole.users):
             raise ValueError(
@@ -165,7 +165,12 @@ def bucket_metrics(
     return found
 
 
-def _arranged(held: UserRanks, seeds: Sequence[int]) -> UserRanks:
+def choose(held: UserRanks, seeds: Sequence[int]) -> UserRanks:
+    """Those of `seeds`, in this order, users ascending.
+
+    Raises:
+      ValueError: a seed is not there.
+    """
     have = held.seeds.tolist()
     if lacking := [seed for seed in seeds if seed not in have]:
         raise ValueError(f"a run has the seeds {have}, not {lacking}.")

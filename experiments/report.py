@@ -9,7 +9,6 @@ import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from experiments.tables import (
     ablation_of,
     ablation_table,
     bucket_tables,
+    by_place,
     command_of,
     commands,
     config_of,
     curves_table,
     described,
-    place_of,
     reproduction_table,
     sort_key,
     tests_table,
@@ -65,8 +64,8 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
         parts += ["All runs that are no ablation's:"]
         parts += [_markdown(tests_table(presets)), _markdown(curves_table(presets))]
         parts.append(commands(presets))
-        for (data, model, _), group in groupby(presets, key=place_of):
-            parts += _buckets(group, f"{model} on {data}")
+        for title, group in by_place(presets):
+            parts += _buckets(group, title)
     parts += [*ablations(runs), *studies(kept), END]
     page.parent.mkdir(parents=True, exist_ok=True)
     # The prose around the tables is nowhere else.
@@ -76,11 +75,10 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
 
 def ablations(runs: Sequence[Records]) -> Iterator[str]:
     """A heading, a table and the command of each ablation among `runs`, which are sorted."""
-    for (data, model, name), group in groupby(filter(ablation_of, runs), key=place_of):
-        arms = list(group)
-        yield f"### {name}: {model} on {data}"
+    for title, arms in by_place(filter(ablation_of, runs)):
+        yield f"### {title}"
         yield _markdown(ablation_table(arms))
-        yield from _buckets(arms, name)
+        yield from _buckets(arms, ablation_of(arms[0]))
         # Not the seconds: arms that were compiled together share theirs.
         made = sorted({f"- `{command_of(arm)}` ({versions_of(arm)})" for arm in arms})
         yield "\n".join(made)

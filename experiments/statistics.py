@@ -41,8 +41,9 @@ class UserTest(NamedTuple):
 def paired_t(first: np.ndarray, second: np.ndarray, *, level: float = 0.95) -> SeedTest:
     """Compares two runs over the seeds that they share.
 
-    Where all differences are equal and not zero the t statistic is infinite: p is 0 and the
-    effect infinite. That says more about how few seeds there are than about the gain.
+    Where all differences are equal and not zero the t statistic and the effect are infinite,
+    which happens by chance where the metric takes few values: p is then that of the sign-flip
+    test, as no correction for many comparisons could do anything about 0.
 
     Args:
       first, second: a metric `[num_seeds]`, the same seed at the same place.
@@ -58,6 +59,8 @@ def paired_t(first: np.ndarray, second: np.ndarray, *, level: float = 0.95) -> S
     difference = _differences(first, second)
     num, mean, effect = len(difference), float(difference.mean()), cohen_dz(difference)
     p = 2 * float(stats.t.sf(abs(effect) * np.sqrt(num), num - 1))  # t is d_z sqrt(n)
+    if np.isinf(effect):
+        p = 2.0 ** (1 - num)
     width = stats.t.ppf((1 + _fraction("level", level)) / 2, num - 1)
     half = float(width * difference.std(ddof=1) / np.sqrt(num))
     exact = sign_flip(difference) if num <= MOST_FLIPS else None
@@ -161,7 +164,8 @@ def paired_bootstrap(
     means = np.concatenate(means)
     tail = (1 - _fraction("level", level)) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    far = int(np.sum(np.abs(means - mean) >= abs(mean)))
+    # Means that are equal but for rounding count as equal.
+    far = int(np.sum(np.abs(means - mean) >= abs(mean) * (1 - 1e-9)))
     return UserTest(mean, float(low), float(high), (far + 1) / (samples + 1), num)
 
 

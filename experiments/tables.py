@@ -1,10 +1,11 @@
 """Tables from the records of runs: tests, learning curves, ablations, and what made them."""
 
+import itertools
 import re
 import shlex
 import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ def reproduction_table(runs: Iterable[Records]) -> Table:
                 f"{mean:.4f}" + (f" ± {deviation:.4f}" if deviation else ""),
                 gain(mean + away, mean),
                 f"{away / deviation:+.1f}" if deviation else "",
-                _device(run),
+                device_of(run),
             ]
         )
     return Table([*head, "in its ±", "device"], rows)
@@ -83,13 +84,14 @@ def _conditions(run: Records) -> list[str]:
     return [
         " ".join(str(r["epoch"]) for r in tests),
         f"{statistics.median(epochs):.2f}" if epochs else "",
-        _device(run),
+        device_of(run),
     ]
 
 
-def _device(run: Records) -> str:
-    test = next(r for r in run if r["kind"] == "test")
-    return f"{test['device']}, {test['cores']} core(s)"
+def device_of(run: Records) -> str:
+    """What the seeds were tested on; several where they were trained apart."""
+    tests = [r for r in run if r["kind"] == "test"]
+    return " / ".join(dict.fromkeys(f"{r['device']}, {r['cores']} core(s)" for r in tests))
 
 
 def curves_table(runs: Iterable[Records]) -> Table:
@@ -157,12 +159,12 @@ def bucket_tables(runs: Iterable[Records]) -> Iterator[tuple[str, Table]]:
     """Who gains: test NDCG@10 by popularity of the target and by length of the history.
 
     Yields a caption and a table with a column for each run, the mean over its seeds. Runs that
-    were tested on other targets than the first are left out. A seed that was run on two devices
-    counts once, as in the run with more seeds.
+    were tested on other targets than the first are left out. A seed of one configuration that
+    was run on two devices counts once, as in the run with more seeds.
     """
     runs = list(runs)
     for by, what in _BUCKETS.items():
-        columns: dict[str, list[dict[tuple[int, int, int], dict[int, float]]]] = {}
+        columns: dict[Any, list[dict[tuple[int, int, int], dict[int, float]]]] = {}
         for run in runs:
             found = defaultdict(dict)
             for r in run:
@@ -170,7 +172,7 @@ def bucket_tables(runs: Iterable[Records]) -> Iterator[tuple[str, Table]]:
                     found[r["low"], r["high"], r["targets"]][r["seed"]] = r["NDCG@10"]
             first = next(iter(columns.values()), [found])[0]
             if found and set(found) == set(first):
-                columns.setdefault(name_of(run), []).append(found)
+                columns.setdefault((name_of(run), config_of(run)), []).append(found)
         if not columns:
             continue
         rows = []
@@ -182,12 +184,15 @@ def bucket_tables(runs: Iterable[Records]) -> Iterator[tuple[str, Table]]:
                 scores.append(spread(by_seed.values()))
             span = f"{low} to {high}" if low < high else str(low)
             rows.append([span, f"{targets:,}", *scores])
-        yield f"Test NDCG@10 by {what}", Table([what, "targets", *columns], rows)
+        names = [name for name, _ in columns]
+        yield f"Test NDCG@10 by {what}", Table([what, "targets", *names], rows)
 
 
 def _published(run: Records) -> dict[str, float] | None:
     """The published means of an ablation's arm."""
     arm, model = _arm(run), config_of(run).model
+    if _asked(described(run)):
+        return None
     return published_arm(arm["name"], model, described(run), arm["arm"], arm["given"])
 
 
@@ -220,7 +225,7 @@ def command_of(run: Records) -> str:
     chosen = data.get("options", "")
     source = Path(data.get("source") or data["name"]).name  # a file may have another name
     if not (arm := _arm(run)):
-        return train_command(config, source, seeds, _usual(run), chosen)
+        return train_command(config, source, seeds, usual_of(run), chosen)
     given = arm["given"]
     return ablate_command(arm["name"], source, config.model, seeds, given, arm["arms"], chosen)
 
@@ -264,15 +269,19 @@ def _options(settings: dict[str, Any]) -> list[str]:
 
 def overrides(run: Records) -> dict[str, Any]:
     """The settings of a run that are not its preset's and have an effect."""
-    return config_of(run).changes(_usual(run))
+    return config_of(run).changes(usual_of(run))
 
 
-def _usual(run: Records) -> Config:
+def usual_of(run: Records) -> Config:
     """The preset that a run began with: of its data, or the one that was asked for."""
     config, data = config_of(run), described(run)
+    return preset(config.model, _asked(data) or data["name"], config.optimizer)
+
+
+def _asked(data: Mapping[str, Any]) -> str:
+    """The dataset whose preset was asked for."""
     words = shlex.split(data.get("options", ""))
-    asked = words[words.index("--preset") + 1] if "--preset" in words else data["name"]
-    return preset(config.model, asked, config.optimizer)
+    return words[words.index("--preset") + 1] if "--preset" in words else ""
 
 
 def name_of(run: Records) -> str:
@@ -292,6 +301,8 @@ def name_of(run: Records) -> str:
         return f"{arm['arm']} ({note})" if note else arm["arm"]
     changed = overrides(run)
     changed.pop("placement", None)  # part of the label
+    if asked := _asked(described(run)):
+        changed = {"preset": asked, **changed}
     return ", ".join([config.label, *(f"{k} {v}" for k, v in changed.items())])
 
 
@@ -305,6 +316,8 @@ def ablation_of(run: Records) -> str:
     if not (arm := _arm(run)):
         return ""
     shared = {name: value for name, value in arm["given"].items() if name not in SEVO_NEEDED}
+    if asked := _asked(described(run)):
+        shared = {"preset": asked, **shared}
     return with_given(arm["name"], shared)
 
 
@@ -319,8 +332,23 @@ def config_of(run: Records) -> Config:
 
 
 def data_of(run: Records) -> str:
-    """The name of a run's dataset."""
-    return described(run)["name"]
+    """The name of a run's dataset, with the options that chose its interactions."""
+    data = described(run)
+    words = shlex.split(data.get("options", ""))
+    chosen = []
+    for at, word in enumerate(words):
+        if word in ("--min-rating", "--repeats", "--k-core", "--split-times"):
+            chosen += words[at : at + (3 if word == "--split-times" else 2)]
+    return " ".join([data["name"], *chosen])
+
+
+def sizes_of(run: Records) -> tuple[tuple[str, Any], ...]:
+    """What a run's records say of its data's size: other data may have the same name.
+
+    Without `train`, which is less where few of the users train.
+    """
+    data = described(run)
+    return tuple((k, data[k]) for k in ("users", "items", "interactions") if k in data)
 
 
 def described(run: Records) -> dict[str, Any]:
@@ -334,9 +362,32 @@ def _newest(run: Records, name: str, otherwise: Any = None) -> Any:
     return next((r[name] for r in reversed(run) if name in r), otherwise)
 
 
-def place_of(run: Records) -> tuple[str, str, str]:
-    """The dataset, the model and the ablation, under which a run is reported."""
-    return data_of(run), config_of(run).model, ablation_of(run)
+class Place(NamedTuple):
+    """Under which a run is reported."""
+
+    data: str
+    model: str
+    ablation: str
+    sizes: tuple[tuple[str, Any], ...]  # of the data
+
+
+def place_of(run: Records) -> Place:
+    """The dataset, the model and the ablation of a run."""
+    return Place(data_of(run), config_of(run).model, ablation_of(run), sizes_of(run))
+
+
+def by_place(runs: Iterable[Records]) -> Iterator[tuple[str, list[Records]]]:
+    """Runs that are sorted by `sort_key`, with a title for those of each place.
+
+    Datasets of one name that differ are told apart by their numbers of users.
+    """
+    groups = [(place, list(group)) for place, group in itertools.groupby(runs, place_of)]
+    alike = Counter(place[:3] for place, _ in groups)
+    for place, group in groups:
+        title = f"{place.model} on {place.data}"
+        if alike[place[:3]] > 1:
+            title += f" of {dict(place.sizes).get('users', 0):,} users"
+        yield f"{place.ablation}: {title}" if place.ablation else title, group
 
 
 def sort_key(run: Records) -> tuple[Any, ...]:

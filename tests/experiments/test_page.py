@@ -15,6 +15,7 @@ from experiments.comparisons import compare, gather, missing
 from experiments.config import preset
 from experiments.page import write_page
 from experiments.ranking import METRICS
+from experiments.tables import bucket_tables, by_place, name_of, sort_key
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None
@@ -131,8 +132,82 @@ def test_files_of_one_configuration_are_joined(runs):
 
 def test_other_data_of_the_same_name_is_not_compared(runs):
     held = [run for run in gather(report.tested([runs])) if run.config.model == "sasrec"]
-    held[0] = held[0]._replace(sizes=(("users", 1),))
+    held[0] = held[0]._replace(place=held[0].place._replace(sizes=(("users", 1),)))
     assert len(compare(held, samples=10)) == 1
+
+
+def test_ranks_are_those_of_the_tests(tmp_path):
+    """A seed that was trained again elsewhere brings neither its test nor its ranks."""
+    for folder, scores in (("again", {0: 0.9}), ("first", {0: 0.3, 1: 0.4})):
+        for optimizer in ("adamw", "sevo_adamw"):
+            config = preset("sasrec", "amazon_beauty", optimizer)
+            write_run(tmp_path / folder / optimizer, config, scores, ranks=folder == "again")
+    (pair,) = compare(gather(report.tested([tmp_path])), samples=10)
+    assert pair.seeds == [0, 1] and pair.first.tests[0]["HR@1"] == 0.3
+    assert pair.over_users is None and pair.user_seeds == []
+    shutil.copy(tmp_path / "again" / "adamw" / "ranks.npz", tmp_path / "first" / "adamw")
+    config = preset("sasrec", "amazon_beauty", "sevo_adamw")
+    write_run(tmp_path / "new" / "sevo_adamw", config, {1: 0.5, 2: 0.5, 3: 0.1}, ranks=True)
+    (pair,) = compare(gather(report.tested([tmp_path])), samples=10)
+    assert pair.seeds == [0, 1] and pair.user_seeds == []  # of seed 0 one has, of 1 the other
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "own", "compared"),
+    [
+        ("adam", {}, True),
+        ("adam", {"learning_rate": 0.1}, False),
+        ("adam", {"weight_decay": 0.1}, False),
+        ("adamw", {"learning_rate": 0.1}, False),
+        ("sgd", {}, True),
+    ],
+)
+def test_a_baseline_has_the_rates_of_its_preset_or_the_same(optimizer, own, compared, tmp_path):
+    config = preset("sasrec", "amazon_beauty", optimizer, **own)
+    write_run(tmp_path / "plain", config, {0: 0.3, 1: 0.4})
+    write_run(
+        tmp_path / "sevo", preset("sasrec", "amazon_beauty", "sevo_adamw"), {0: 0.3, 1: 0.4}
+    )
+    assert len(compare(gather(report.tested([tmp_path])), samples=10)) == compared
+
+
+def test_other_devices_are_named(tmp_path):
+    gpu = {"device": "1 gpu (NVIDIA H200)", "cores": 16}
+    for optimizer, note in (("adamw", {}), ("sevo_adamw", gpu)):
+        config = preset("sasrec", "amazon_beauty", optimizer)
+        write_run(tmp_path / "runs" / optimizer, config, {0: 0.3, 1: 0.4}, note=note)
+    write_page([tmp_path / "runs"], tmp_path / "page.html")
+    both = "1 gpu (NVIDIA H200), 16 core(s) against 1 cpu (cpu), 2 core(s)"
+    assert (tmp_path / "page.html").read_text().count(both) == 2  # gains and comparisons
+
+
+def test_data_of_one_name_that_differs_has_sections_of_its_own(tmp_path):
+    config = preset("sasrec", "amazon_beauty", "adamw")
+    for folder, options, users in (
+        ("whole", "", 40),
+        ("core", "--k-core 10", 30),
+        ("other", "", 20),
+        ("preset", "--preset amazon_tools", 40),
+    ):
+        data = {"name": "mine", "users": users, "items": 100, "options": options}
+        write_run(tmp_path / folder, config, {0: 0.3}, note={"data": data})
+    write_page([tmp_path], tmp_path / "page.html")
+    heads = re.findall("<h2>(sasrec.*)</h2>", (tmp_path / "page.html").read_text())
+    assert heads == [
+        "sasrec on mine of 20 users",
+        "sasrec on mine of 40 users",
+        "sasrec on mine --k-core 10",
+    ]
+    (both,) = (
+        group
+        for title, group in by_place(
+            sorted((run for _, run in report.tested([tmp_path])), key=sort_key)
+        )
+        if "40 users" in title
+    )
+    assert {name_of(run).split(",")[0] for run in both} == {"adamw"}
+    (_, table) = next(bucket_tables(both))
+    assert len(set(table.head)) == 4
 
 
 def test_what_is_missing(runs):
@@ -149,15 +224,15 @@ def test_what_is_missing(runs):
 
 @pytest.mark.parametrize(
     ("change", "counts"),
-    [({"data": "reviews_Beauty_5"}, True), ({"sizes": (("items", 500),)}, False)],
+    [({"name": "reviews_Beauty_5"}, True), ({"items": 500}, False)],
 )
 def test_what_counts_as_done(runs, change, counts):
     """The published data by its publisher's name does, other data of the name does not."""
-    held = [run for run in gather(report.tested([runs])) if run.data == "amazon_beauty"]
+    held = [run for run in gather(report.tested([runs])) if run.data["name"] == "amazon_beauty"]
     assert held
     lacking = {
         (row.config.model, row.config.label)
-        for row in missing(run._replace(**change) for run in held)
+        for row in missing(run._replace(data=run.data | change) for run in held)
         if row.data == "amazon_beauty"
     }
     assert (("sasrec", "sevo_adamw") not in lacking) == counts
@@ -203,8 +278,8 @@ def test_page_is_sound_html_of_its_own(page):
 def test_page_says_what_the_records_say(page):
     text = page.read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if "<td>same optimizer" in line)
-    assert re.findall(r">([^<]+)</t", row)[2:7] == [
-        "sevo_adamw", "adamw", "same optimizer", "3", "+28.1 %"
+    assert re.findall(r">([^<]+)</t", row)[2:8] == [
+        "sevo_adamw", "adamw", "same optimizer", "3", "1 cpu (cpu), 2 core(s)", "+28.1 %"
     ]  # fmt: skip
     assert "sevo_adamw, dropout_rate 0.5" in text
     assert "<em>" not in text and 'class="published"' in text
@@ -262,7 +337,7 @@ def test_no_run_is_an_error(tmp_path):
 # Runs after the page's own script; what it finds is read from the title of the page.
 PROBE = """<script>
 const found = {errors, wide: document.documentElement.scrollWidth > innerWidth};
-const table = [...document.querySelectorAll("#amazon_beauty-sasrec table")]
+const table = [...document.querySelectorAll("#sasrec-on-amazon_beauty table")]
   .find(t => t.caption.textContent === "Test metrics");
 const column = name => [...table.tHead.rows[0].cells]
   .findIndex(h => h.textContent.startsWith(name));

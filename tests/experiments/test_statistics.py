@@ -21,8 +21,9 @@ def test_paired_t_is_scipys():
     np.testing.assert_allclose(found.effect, difference.mean() / difference.std(ddof=1))
 
 
-@pytest.mark.parametrize(("gain", "p", "effect"), [(0.0, 1.0, 0.0), (-0.25, 0.0, -np.inf)])
+@pytest.mark.parametrize(("gain", "p", "effect"), [(0.0, 1.0, 0.0), (-0.25, 0.25, -np.inf)])
 def test_equal_differences(gain, p, effect):
+    """Not 0, which a correction for many comparisons would leave at 0."""
     first = np.array([0.5, 0.75, 1.0])
     found = st.paired_t(first + gain, first)
     assert (found.difference, found.low, found.high) == (gain, gain, gain)
@@ -100,6 +101,16 @@ def test_bootstrap_is_scipys_and_repeats():
     np.testing.assert_allclose(chunked, found, atol=1e-12)
     assert found == st.paired_bootstrap(first, second, samples=4000)
     assert found != st.paired_bootstrap(first, second, samples=4000, seed=1)
+
+
+@pytest.mark.parametrize("changed", [1, 3, 20])
+def test_bootstrap_counts_ties_whatever_the_scale(changed):
+    """Of few users who differ equally, sums are often just as far as the measured one."""
+    one = np.zeros(500)
+    one[:changed] = 1
+    zero = np.zeros(500)
+    found = {st.paired_bootstrap(scale * one, zero).p for scale in (1, 0.63, 1 / 3)}
+    assert len(found) == 1
 
 
 def test_bootstrap_without_any_difference():
