@@ -75,9 +75,12 @@ def _run(options: Options, args: Sequence[str]) -> None:
     names = list(DEFAULTS) if options.name == "all" else [options.name]
     plan = [(name, size) for name in names for size in sizes_of(name, options)]
     if len(plan) == 1:
-        if options.name != "build":  # which has no peer, and tells its memory
+        ((name, size),) = plan
+        if name != "build":  # which has no peer, and tells its memory
             measure.keep_buffers()
-        _one(*plan[0], options)
+        _one(name, size, options)
+        if options.name == "all":
+            page.write(options.records)
         return
     # The rest of the arguments, without the name and the sizes, hold for each of them.
     rest = ["--data", str(options.data)] if options.data else []

@@ -125,8 +125,14 @@ def machine(record: Mapping[str, Any]) -> str:
     return f"{record['cpu']}, {record['cores']} cores"
 
 
+def size_of(record: Mapping[str, Any]) -> str:
+    """A record's size; one of Beauty's size that was generated is not Beauty."""
+    generated = record["size"] == "beauty" and not record.get("real", True)
+    return record["size"] + " (generated)" * generated
+
+
 def keep(folder: Path, benchmark: str, size: str, repeats: int, values: Any) -> None:
-    """Keeps a record, in place of an older one of that benchmark, size and machine."""
+    """Keeps a record, in place of an older one of that benchmark, size, log and machine."""
     made_on = records.environment()
     for package in ("jaxlib", "torch", "torch_geometric", "torch_sparse"):
         try:
@@ -145,9 +151,12 @@ def keep(folder: Path, benchmark: str, size: str, repeats: int, values: Any) -> 
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}.jsonl"
-    key = size, machine(record)
+
+    def key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+        return size_of(record), machine(record)
+
     held = records.read(path) if path.exists() else []
-    kept = [r for r in held if (r["size"], machine(r)) != key]
+    kept = [r for r in held if key(r) != key(record)]
     lines = (json.dumps(r, sort_keys=True) + "\n" for r in [*kept, record])
     path.write_text("".join(lines), encoding="utf-8")
     print(f"{benchmark} {size}: {json.dumps(values)}", flush=True)

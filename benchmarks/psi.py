@@ -170,7 +170,7 @@ def seeds(size: str, data: Path | None, repeats: int, number: int = 4) -> dict[s
         name: {key: seconds / rounds for key, seconds in taken.items()}
         for name, taken in turns(functions, repeats).items()
     }
-    kept = {"number": number, "edges": len(log.graph.edges), "arms": times}
+    kept = {"number": number, "edges": len(log.graph.edges), "real": log.real, "arms": times}
     return kept | ({"rounds": rounds} if rounds > 1 else {})
 
 

@@ -88,14 +88,14 @@ def _torch(log: Any, config: Config) -> tuple[dict[str, Callable[[], Any]], str]
     functions = {}
     for name, adjacency in (("torch adamw", None), ("torch sevo", peer.csr(log.graph))):
         model = peer.SASRec(log.split.dataset.num_items).to(peer.device())
-        optimizer = peer.SevoAdamW(model.parameters(), adjacency)
+        optimizer = peer.SevoAdamW(model, adjacency)
 
         def epoch(model: Any = model, optimizer: Any = optimizer) -> None:
             for batch in batches:
                 peer.train_step(model, optimizer, batch)
 
         functions[name] = epoch
-    return functions, "padded; AdamW, and SEvo by CSR"
+    return functions, "padded; fused AdamW, and SEvo by CSR"
 
 
 def padded(

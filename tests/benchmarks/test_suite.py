@@ -93,6 +93,10 @@ def test_a_record_replaces_that_of_its_size(tmp_path, monkeypatch):
     kept = [json.loads(s) for s in (tmp_path / "step.jsonl").read_text().splitlines()]
     assert [(r["size"], r["device"][:7]) for r in kept[2:]] == [("tiny", "1 gpu (")] * 2
     assert [r["device"] for r in kept] == [lines[0]["device"]] * 2 + ["1 gpu (X)", "1 gpu (Y)"]
+    for real in (True, False, True):  # a generated log is not Beauty
+        measure.keep(tmp_path, "epoch", "beauty", 2, {"real": real})
+    kept = [json.loads(s) for s in (tmp_path / "epoch.jsonl").read_text().splitlines()]
+    assert [r["real"] for r in kept] == [False, True]
     monkeypatch.undo()
     monkeypatch.setattr(measure, "cpu_name", lambda: "another processor")
     measure.keep(tmp_path, "step", "beauty", 2, {"value": 4})
@@ -147,6 +151,15 @@ def test_targets_are_judged_by_hand():
     assert found["1. psi at Beauty, rows / torch CSR"] == ["beauty 1", "yes"]
     numbers = {int(line[0][0]) for line in lines}
     assert numbers == set(range(1, 8))
+    # Its median misses the target, its shortest time does not.
+    noisy = arms | {"torch CSR": {**arms["torch CSR"], "min": 0.004}}
+    text = page.text([beauty | {"arms": noisy}])
+    assert "at most 0.3 | beauty 0.35 | not decided; by the minima beauty 0.175 |" in text
+    assert "at most 1.1 | beauty 1 | yes |" in text
+    # A log that was generated at Beauty's size is not Beauty.
+    text = page.text([beauty | {"real": False}])
+    assert "1. psi at Beauty, rows / torch CSR: at most 1.1 | not measured |" in text
+    assert "#### beauty (generated), 4 items" in text
     text = page.text([beauty])
     assert "| compiled | 1.4 (0.7) | 0.35 | 0.28 | 10.0 | 25 % |" in text
     assert text == page.text([beauty]) and "PyG: so." in text
