@@ -5,7 +5,7 @@ A run lives in a folder: `run.json` (what was asked for), `records.jsonl`, `chec
 test target). A sweep trains several settings in one compiled program; each has such a folder
 of its own, but for the checkpoints, which are in the folder above. The whole state is saved as
 training goes on, so that a run that was interrupted goes on from there and ends with the same
-bits as one that was not.
+bits as one that was not; on a GPU up to the order of sums.
 """
 
 import functools

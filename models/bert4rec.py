@@ -34,13 +34,15 @@ class BERT4Rec(Encoder, nnx.Module):
     Args:
       num_items: of the catalogue; the tables have two rows more.
       dim: width of the tables and of all layers, a multiple of `num_heads`.
-      max_length: the longest sequence, in items; at test the mask at its end is one of them.
+      max_length: columns of a padded batch, and the longest sequence in `packed`, which does
+        not check it; at test the mask at the end is one of its items.
       num_blocks, num_heads: of the network.
-      dropout_rate: of the input, of attention's weights and of each layer's output.
+      dropout_rate: of the input, of attention's weights and output, and of both feed-forward
+        layers.
       rngs: for the parameters.
 
     Raises:
-      ValueError: a size or rate is out of its range.
+      ValueError: a size or rate is out of its range, or `dim` no multiple of `num_heads`.
 
     References:
       Sun et al, `BERT4Rec: Sequential Recommendation with Bidirectional Encoder

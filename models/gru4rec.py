@@ -31,7 +31,7 @@ class GRU4Rec(DotProduct, nnx.Module):
       num_items: of the catalogue; the table has a row more.
       dim: width of the table and of the states that are scored.
       hidden_dim: width of the recurrent state.
-      max_length: the longest sequence, in items.
+      max_length: of `packed`, the longest sequence; a padded batch may have any length.
       dropout_rate: of the embeddings.
       cosine_scale: that of `scoring.DotProduct`; 0 for plain dot products.
       rngs: for the parameters.

@@ -30,7 +30,7 @@ LAYER_NORM_EPS = 1e-8
 
 
 class SASRec(DotProduct, nnx.Module):
-    """Causal self-attention over the last `max_length` items of a sequence.
+    """Causal self-attention over sequences of at most `max_length` items.
 
     Table row 0 is padding and item i lives in row i + 1. The score of an item for a state is
     the dot product of the state with the item's row. The module holds parameters only; a
@@ -43,7 +43,9 @@ class SASRec(DotProduct, nnx.Module):
     Args:
       num_items: of the catalogue; the table has a row more.
       dim: width of the table and of all layers, a multiple of `num_heads`.
-      max_length: the longest sequence, in items.
+      max_length: columns of a padded batch, and the longest sequence in `packed`, which does
+        not check it. Shorter ones depend on it, too: they stand at the right end, positions
+        count from the left, and padding takes part unless `mask_padding`.
       num_blocks, num_heads: of the network.
       dropout_rate: of the input, of attention's weights and of both feed-forward layers.
       normalize_key_value: whether keys and values are normalised as queries are.
@@ -53,7 +55,8 @@ class SASRec(DotProduct, nnx.Module):
       rngs: for the parameters.
 
     Raises:
-      ValueError: a size, rate or scale is out of its range.
+      ValueError: a size, rate or scale is out of its range, or `num_heads` do not divide
+        `dim`.
 
     References:
       Kang and McAuley, `Self-Attentive Sequential Recommendation

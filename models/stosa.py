@@ -48,15 +48,16 @@ class STOSA(nnx.Module):
     Args:
       num_items: of the catalogue; each table has a row more.
       dim: width of each table and of all layers, a multiple of `num_heads`.
-      max_length: the longest sequence, in items.
+      max_length: columns of a padded batch, and the longest sequence in `packed`, which does
+        not check it.
       num_blocks, num_heads: of the network.
-      dropout_rate: of the input and of the layers' outputs.
+      dropout_rate: of the input, of attention's output and of the feed-forward block's.
       attention_dropout_rate: of attention's weights.
-      fixed: whether a state's mean is the one that the layers compute.
+      fixed: take the means that the layers compute; False for those of the published code.
       rngs: for the parameters.
 
     Raises:
-      ValueError: a size or rate is out of its range.
+      ValueError: a size or rate is out of its range, or `dim` no multiple of `num_heads`.
 
     References:
       Fan et al, `Sequential Recommendation via Stochastic Self-Attention
