@@ -14,6 +14,7 @@ from experiments.published import CURVES
 from experiments.ranking import collect, metrics, ranking_data
 from experiments.run import make_trainer
 from tests.data_path import data_folder
+from tests.processes import output, start
 
 OFFICIAL = CURVES["sasrec", "amazon_beauty"]
 
@@ -39,7 +40,10 @@ def follow(epochs: int) -> None:
 
 
 def test_the_first_epochs_follow_the_official_curve():
-    follow(5)
+    data_folder("amazon_beauty")
+    # As a user compiles it: without optimizations, as the other tests, it takes thrice as long.
+    program = "from tests.experiments.test_beauty import follow; follow(5)"
+    output(start("-c", program, devices=1, XLA_FLAGS=""), timeout=500)
 
 
 @pytest.mark.slow
