@@ -317,6 +317,17 @@ def test_an_ablation_has_a_section_and_no_part_in_the_others(page, runs, tmp_pat
     assert with_ablation == without.replace("page.html", "with.html")
 
 
+def test_many_runs_have_the_curves_of_the_presets_and_some_others(tmp_path):
+    for rate in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        config = preset("sasrec", "amazon_beauty", "adamw", dropout_rate=rate)
+        write_run(tmp_path / "runs" / str(rate), config, {0: rate})
+    write_page([tmp_path / "runs"], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("range of the seeds; 8 of 9 runs.") == 2  # of the loss and of validation
+    drawn = text[text.index("<svg") : text.index("</svg>")]
+    assert ">adamw<" in drawn and "dropout_rate 0.9" not in drawn
+
+
 def test_same_records_same_page(runs, page):
     before = page.read_bytes()
     write_page([runs], page)

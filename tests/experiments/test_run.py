@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -317,6 +318,15 @@ def test_recommend_leaves_out_the_history(finished, split):
     assert scores == sorted(scores, reverse=True)
     everything = top_items(folder, history, top=1000)
     assert len(everything) == split.dataset.num_items - len(set(history))
+
+
+def test_the_command_prints_what_is_recommended(finished, split, capsys):
+    _, folder = finished
+    history = [str(split.dataset.item_ids[i]) for i in split.dataset.sequence(0)]
+    cli.main(["recommend", "--run", str(folder), "--top", "2", "--history", *history])
+    printed = capsys.readouterr().out
+    for rank, (item, score) in enumerate(top_items(folder, history, top=2), start=1):
+        assert re.search(rf"{rank}\W+{re.escape(item)}\W+{score:.4f}", printed)
 
 
 @pytest.mark.parametrize(
