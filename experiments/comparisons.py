@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,7 @@ import numpy as np
 
 from experiments.config import PRESETS, SEVO_ONLY, Config, Optimizer, known_name, preset
 from experiments.per_user import UserRanks, align, choose, combine, per_user, read_ranks
-from experiments.published import has_other_sizes
-from experiments.report import SEEDS
+from experiments.published import SEEDS, has_other_sizes, published
 from experiments.statistics import (
     SeedTest,
     UserTest,
@@ -23,9 +23,11 @@ from experiments.statistics import (
 from experiments.tables import (
     Place,
     Records,
+    Table,
     config_of,
     described,
     device_of,
+    gain,
     name_of,
     place_of,
     sort_key,
@@ -150,6 +152,58 @@ def compare(
         pair._replace(holm=a, fdr=b, users_holm=c, users_fdr=d)
         for pair, a, b, c, d in zip(pairs, *corrected, strict=True)
     ]
+
+
+def compare_each(runs: Iterable[Run], metric: str = "NDCG@10") -> dict[Place, list[Comparison]]:
+    """The comparisons of each dataset and model, a family of their own for the corrections."""
+    places = groupby(sorted(runs, key=lambda run: run.place), key=lambda run: run.place)
+    return {place: compare(list(group), metric) for place, group in places}
+
+
+def gains_table(pairs: Iterable[Comparison], metric: str = "NDCG@10") -> Table:
+    """Each SEvo run against the same optimizer without SEvo, and against Adam.
+
+    The p values are Holm's, within one dataset and model; a column without a cell is left out.
+    """
+    head = ["data", "model", "run", "against", "baseline", "seeds", metric, "of the other"]
+    head += ["gain", "published gain", "d_z", "p, seeds", "p, users", "device"]
+    rows = []
+    for pair in pairs:
+        if pair.baseline == "other":
+            continue
+        first, second = pair.first, pair.second
+        known = [published(run.config, run.data) for run in (first, second)]
+        claimed = known[0] and known[1] and gain(known[0][metric][0], known[1][metric][0])
+        rows.append(
+            [
+                first.place.data,
+                first.config.model,
+                first.name,
+                second.name,
+                pair.baseline,
+                str(len(pair.seeds)),
+                *(f"{mean:.4f}" for mean in pair.means),
+                gain(*pair.means),
+                claimed or "",
+                f"{pair.over_seeds.effect:.2f}" if pair.over_seeds else "",
+                p_value(pair.holm),
+                p_value(pair.users_holm),
+                devices(pair),
+            ]
+        )
+    full = [i for i, _ in enumerate(head) if any(row[i] for row in rows)]
+    return Table([head[i] for i in full], [[row[i] for i in full] for row in rows])
+
+
+def devices(pair: Comparison) -> str:
+    """What both runs were tested on, or the first against the second."""
+    first, second = pair.first.device, pair.second.device
+    return first if first == second else f"{first} against {second}"
+
+
+def p_value(value: float | None) -> str:
+    """As a table shows it."""
+    return "" if value is None else f"{value:.2g}"
 
 
 def missing(runs: Iterable[Run]) -> list[Missing]:

@@ -5,6 +5,7 @@ holds them. The page needs nothing from outside, and JavaScript only for sorting
 """
 
 import base64
+import itertools
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -14,11 +15,20 @@ from string import Template
 from typing import Any
 
 from experiments import study
-from experiments.comparisons import Comparison, Missing, compare, gather, missing
+from experiments.comparisons import (
+    Comparison,
+    Missing,
+    compare_each,
+    devices,
+    gains_table,
+    gather,
+    missing,
+    p_value,
+)
 from experiments.figures import curves
 from experiments.markup import made_by, table_html
-from experiments.published import official_curve, published
-from experiments.report import SEEDS, tested
+from experiments.published import SEEDS, official_curve
+from experiments.report import tested
 from experiments.tables import (
     Records,
     Table,
@@ -85,14 +95,13 @@ def render(
     found = sorted(found, key=lambda pair: sort_key(pair[1]))
     presets = [pair for pair in found if not ablation_of(pair[1])]
     runs = gather(presets)
+    compared = compare_each(runs, METRIC)
     contents = [("published", "Beside the published figures"), ("gains", "Gains")]
-    sections, pairs = [], []
+    sections = []
     for title, records in by_place(records for _, records in presets):
-        place = place_of(records[0])
-        compared = compare([run for run in runs if run.place == place], METRIC)
-        pairs += compared
+        pairs = compared[place_of(records[0])]
         contents.append((_anchor(title), title))
-        sections.append(_section(title, records, compared, command))
+        sections.append(_section(title, records, pairs, command))
     arms = (records for _, records in found if ablation_of(records))
     for title, records in by_place(arms):
         contents.append((_anchor(title), title))
@@ -105,7 +114,7 @@ def render(
     beside = reproduction_table(records for _, records in presets)
     parts = [
         _beside(beside, command),
-        _gains(pairs, command),
+        _gains(itertools.chain(*compared.values()), command),
         *sections,
         _missing(missing(runs), command),
     ]
@@ -131,37 +140,12 @@ def _beside(table: Table, command: str) -> str:
 
 
 def _gains(pairs: Iterable[Comparison], command: str) -> str:
-    rows = []
-    for pair in pairs:
-        if pair.baseline == "other":
-            continue
-        first, second = pair.first, pair.second
-        known = [published(run.config, run.data) for run in (first, second)]
-        claimed = known[0] and known[1] and gain(known[0][METRIC][0], known[1][METRIC][0])
-        rows.append(
-            [
-                first.place.data,
-                first.config.model,
-                first.name,
-                second.name,
-                pair.baseline,
-                str(len(pair.seeds)),
-                _devices(pair),
-                gain(*pair.means),
-                claimed or "",
-                f"{pair.over_seeds.effect:.2f}" if pair.over_seeds else "",
-                _p(pair.holm),
-                _p(pair.users_holm),
-            ]
-        )
-    head = ["data", "model", "run", "against", "baseline", "seeds", "device"]
-    head += ["gain", "published gain", "d_z", "p, seeds", "p, users"]
-    caption = f"Gains of SEvo in test {METRIC}"
+    caption, none = f"Gains of SEvo in test {METRIC}", "No two runs can be compared."
     return f"""<section id="gains"><h2>Gains</h2>
 <p>Each SEvo run against the same optimizer without SEvo, and against Adam, whose baselines the
 paper's Table 2 reports. The p values are Holm's, within one dataset and model; the sections
 below say how they are made.</p>
-{table_html(caption, Table(head, rows), [command], "No two runs can be compared.")}
+{table_html(caption, gains_table(pairs, METRIC), [command], none)}
 </section>"""
 
 
@@ -243,11 +227,21 @@ def _comparisons(pairs: Sequence[Comparison], command: str) -> str:
         row = [*names, str(len(pair.seeds)), *means, gain(*pair.means)]
         if test := pair.over_seeds:
             row += [_interval(test.difference, test.low, test.high), f"{test.effect:.2f}"]
-            row += [_p(test.p), _p(pair.holm), _p(pair.fdr), _p(test.p_exact)]
-        over_seeds.append(row + [""] * (12 - len(row)) + [_devices(pair)])
+            row += [
+                p_value(test.p),
+                p_value(pair.holm),
+                p_value(pair.fdr),
+                p_value(test.p_exact),
+            ]
+        over_seeds.append(row + [""] * (12 - len(row)) + [devices(pair)])
         if test := pair.over_users:
             interval = _interval(test.difference, test.low, test.high)
-            tail = [interval, _p(test.p), _p(pair.users_holm), _p(pair.users_fdr)]
+            tail = [
+                interval,
+                p_value(test.p),
+                p_value(pair.users_holm),
+                p_value(pair.users_fdr),
+            ]
             counts = [str(len(pair.user_seeds)), f"{test.num_users:,}"]
             over_users.append([*names, *counts, *tail])
     names = ["run", "against"]
@@ -297,12 +291,6 @@ runs.</p>
 {table_html("Presets that lack seeds", Table(head, rows), [command], none)}</section>"""
 
 
-def _devices(pair: Comparison) -> str:
-    """What both runs were tested on, or the first against the second."""
-    first, second = pair.first.device, pair.second.device
-    return first if first == second else f"{first} against {second}"
-
-
 def _without_place(table: Table) -> Table:
     """Without the columns of data and model, which a section's title says."""
     return Table(table.head[2:], [row[2:] for row in table.rows])
@@ -310,7 +298,3 @@ def _without_place(table: Table) -> Table:
 
 def _interval(difference: float, low: float, high: float) -> str:
     return f"{difference:+.4f} ({low:+.4f} to {high:+.4f})"
-
-
-def _p(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}"

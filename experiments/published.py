@@ -364,6 +364,7 @@ _CURVES_USERS_ITEMS: dict[tuple[str, str], Curve] = {
 }
 
 
+SEEDS = 5  # of the published runs, and what a measured row should have
 # Items, and interactions to train on, of the data that the published numbers are of.
 SIZES = {
     "amazon_beauty": (12_101, 153_776),

@@ -4,6 +4,7 @@ Every number is computed from the records of runs; what the page says around the
 outside of the generated part and is left as it is.
 """
 
+import itertools
 import json
 import shlex
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import records, study
+from experiments.comparisons import compare_each, gains_table, gather
 from experiments.ranking import METRICS
 from experiments.tables import (
     Records,
@@ -32,8 +34,11 @@ from experiments.tables import (
     versions_of,
 )
 
+_HOW_COMPARED = """Each SEvo run against the same optimizer without SEvo, and against Adam,
+whose baselines the paper's Table 2 reports; over the seeds that both have. d_z is the mean
+difference over its standard deviation, p Student's paired test, by Holm's rule for all pairs of
+a dataset and model. Where two devices stand, a part of a difference may be theirs:"""
 BEGIN, END = "<!-- generated: tables -->", "<!-- end of the generated part -->"
-SEEDS = 5  # of the published runs, and what a measured row should have
 
 
 def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
@@ -47,7 +52,8 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
       The number of runs and studies found.
     """
     page = Path(page)
-    runs, kept = [run for _, run in tested(folders)], [k for _, k in study.read(folders)]
+    found, kept = list(tested(folders)), [k for _, k in study.read(folders)]
+    runs = [run for _, run in found]
     if not runs and not kept:
         raise ValueError(f"`folders` {[str(f) for f in folders]} hold no tested run.")
     text = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
@@ -60,6 +66,9 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
     parts = [BEGIN]
     if (beside := reproduction_table(presets)).rows:
         parts += ["Measured beside published:", _markdown(beside)]
+    compared = compare_each(gather(pair for pair in found if not ablation_of(pair[1])))
+    if (gains := gains_table(itertools.chain(*compared.values()))).rows:
+        parts += [_HOW_COMPARED, _markdown(gains)]
     if presets:
         parts += ["All runs that are no ablation's:"]
         parts += [_markdown(tests_table(presets)), _markdown(curves_table(presets))]

@@ -73,6 +73,27 @@ def test_tables_hold_mean_and_spread(runs, tmp_path):
     assert "--optimizers sevo_adamw --seeds 0 1 --beta 0.5`" in text
 
 
+def test_gains_are_told_with_their_p_values(runs, tmp_path):
+    """By hand: differences of .01 and .02 make t 3 with one degree of freedom."""
+    path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
+    plain = runs / "beauty-sasrec" / "adamw"
+    shutil.copytree(path.parent, plain)
+
+    def edit(record):
+        if "config" in record:
+            record["config"] = asdict(preset("sasrec", "amazon_beauty", "adamw"))
+            record["NDCG@10"] = {0: 0.02, 1: 0.03}[record["seed"]]
+
+    change(plain / "records.jsonl", edit)
+    page = tmp_path / "RESULTS.md"
+    write_report([runs], page)
+    row = (
+        "| amazon_beauty | sasrec | sevo_adamw, beta 0.5 | adamw | same optimizer | 2 | 0.0400 "
+    )
+    row += "| 0.0250 | +60.0 % | 2.12 | 0.2 | 1 cpu (cpu), 2 core(s) |"
+    assert row in page.read_text()
+
+
 def test_measured_stands_beside_published(runs, tmp_path):
     """.0400 is .00113 below the published .04113, whose deviation is .00133."""
 
