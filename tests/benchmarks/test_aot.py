@@ -16,7 +16,10 @@ FOLDER = Path(__file__).parent
 
 def test_on_eight_devices():
     suite = "tests/benchmarks/eight_devices.py"
-    process = start("-m", "pytest", "-q", "-p", "no:cacheprovider", suite, devices=8)
+    # Without the other flag of the tests: a rounding more is what Adam raises above the bound.
+    flags = "--xla_backend_optimization_level=0"
+    args = "-m", "pytest", "-q", "-p", "no:cacheprovider", suite
+    process = start(*args, devices=8, XLA_FLAGS=flags)
     printed = output(process, timeout=300)
     assert "3 passed" in printed, printed
 
