@@ -153,39 +153,42 @@ _BUCKETS = {
     "popularity": "interactions of the target in training (0: a cold item)",
     "history": "length of the user's history",
 }
+_Bucket = tuple[int, int, int]  # smallest value, largest value, number of targets
 
 
 def bucket_tables(runs: Iterable[Records]) -> Iterator[tuple[str, Table]]:
     """Who gains: test NDCG@10 by popularity of the target and by length of the history.
 
-    Yields a caption and a table with a column for each run, the mean over its seeds. Runs that
+    Yields a caption and a table with a row for each run, the mean over its seeds. Runs that
     were tested on other targets than the first are left out. A seed of one configuration that
     was run on two devices counts once, as in the run with more seeds.
     """
     runs = list(runs)
     for by, what in _BUCKETS.items():
-        columns: dict[Any, list[dict[tuple[int, int, int], dict[int, float]]]] = {}
+        arms: dict[tuple[str, Config], list[dict[_Bucket, dict[int, float]]]] = {}
         for run in runs:
             found = defaultdict(dict)
             for r in run:
                 if r["kind"] == "bucket" and r["by"] == by:
                     found[r["low"], r["high"], r["targets"]][r["seed"]] = r["NDCG@10"]
-            first = next(iter(columns.values()), [found])[0]
+            first = next(iter(arms.values()), [found])[0]
             if found and set(found) == set(first):
-                columns.setdefault((name_of(run), config_of(run)), []).append(found)
-        if not columns:
+                arms.setdefault((name_of(run), config_of(run)), []).append(found)
+        if not arms:
             continue
+        buckets = sorted(next(iter(arms.values()))[0])
+        head = ["run (and targets)"]
+        for low, high, targets in buckets:
+            head.append(f"{f'{low} to {high}' if low < high else low} ({targets:,})")
         rows = []
-        for low, high, targets in sorted(next(iter(columns.values()))[0]):
+        for (name, _), arm in arms.items():
             scores = []
-            for column in columns.values():
-                parts = sorted((found[low, high, targets] for found in column), key=len)
+            for bucket in buckets:
+                parts = sorted((found[bucket] for found in arm), key=len)
                 by_seed = {seed: score for part in parts for seed, score in part.items()}
                 scores.append(spread(by_seed.values()))
-            span = f"{low} to {high}" if low < high else str(low)
-            rows.append([span, f"{targets:,}", *scores])
-        names = [name for name, _ in columns]
-        yield f"Test NDCG@10 by {what}", Table([what, "targets", *names], rows)
+            rows.append([name, *scores])
+        yield f"Test NDCG@10 by {what}", Table(head, rows)
 
 
 def _published(run: Records) -> dict[str, float] | None:

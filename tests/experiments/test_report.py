@@ -403,7 +403,7 @@ def test_arms_of_several_commands_stand_in_the_order_of_their_numbers(runs):
 
 
 def test_who_gains(runs, tmp_path):
-    """A column for each run: by popularity of the target and by length of the history."""
+    """A row for each run: by popularity of the target and by length of the history."""
     path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
     data = json.loads(path.read_text().splitlines()[-1])["data"]
     with path.open("a") as file:
@@ -420,9 +420,10 @@ def test_who_gains(runs, tmp_path):
     write_report([runs], page)
     text = page.read_text()
     assert "Test NDCG@10 by length of the user's history, sasrec on amazon_beauty:" in text
-    assert "| 0 | 1,000 | 0.3000 ± 0.1414 |" in text
-    assert "| 1 to 7 | 1,007 | 1.0000 ± 0.1414 |" in text
-    assert "| 3 to 5 | 1,005 | 0.8000 ± 0.1414 |" in text
+    assert "| run (and targets) | 0 (1,000) | 1 to 7 (1,007) |" in text
+    assert "| sevo_adamw, beta 0.5 | 0.3000 ± 0.1414 | 1.0000 ± 0.1414 |" in text
+    assert "| run (and targets) | 3 to 5 (1,005) |" in text
+    assert "| sevo_adamw, beta 0.5 | 0.8000 ± 0.1414 |" in text
     keep([runs], tmp_path / "kept")
     again = tmp_path / "AGAIN.md"
     write_report([tmp_path / "kept"], again)
@@ -438,4 +439,6 @@ def test_who_gains(runs, tmp_path):
     (third / "records.jsonl").write_bytes((other / "records.jsonl").read_bytes())
     for folders in ([runs, other, third], [other, third, runs], [other, runs, third]):
         write_report(folders, page)
-        assert "| 0 | 1,000 | 0.3000 ± 0.1414 |" in page.read_text()
+        assert (
+            "| sevo_adamw, beta 0.5 | 0.3000 ± 0.1414 | 1.0000 ± 0.1414 |" in page.read_text()
+        )

@@ -543,7 +543,9 @@ def test_gradients_may_be_none(kwargs):
     state, seen = solver.init(params), params | {"bias": None}
     updates, _ = solver.update(seen, state, params)
     expected, _ = solver.update(params, state, params)
-    jax.tree.map(np.testing.assert_array_equal, updates, expected | {"bias": None})
+    # Not to the bit: a GPU adds the messages of two calls in another order.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, updates, expected | {"bias": None})
     if kwargs:
         solver = sevo_jax.sevo(random_graph(), tables="item|other", **kwargs)
         params["other"] = params["item"]
