@@ -107,7 +107,10 @@ def training_data(
     else:
         raise ValueError(f"`windows` must be one of {get_args(Windows)}, got {windows!r}.")
     if len(users) == 0:
-        raise ValueError("no user has the two training interactions that a target needs.")
+        raise ValueError(
+            "no user has the two training interactions that a target needs, or none before the "
+            "first of `split_times`."
+        )
     gaps, gap_splits = _seen(values, splits, num_items)
     arrays = (values, start, length, warm_up, users, gaps, gap_splits, num_items)
     return TrainData(*(jnp.asarray(array, jnp.int32) for array in arrays))

@@ -25,6 +25,7 @@ from experiments.tables import (
     Records,
     Table,
     config_of,
+    data_names,
     described,
     device_of,
     gain,
@@ -168,15 +169,15 @@ def gains_table(pairs: Iterable[Comparison], metric: str = "NDCG@10") -> Table:
     head = ["data", "model", "run", "against", "baseline", "seeds", metric, "of the other"]
     head += ["gain", "published gain", "d_z", "p, seeds", "p, users", "device"]
     rows = []
-    for pair in pairs:
-        if pair.baseline == "other":
-            continue
+    pairs = [pair for pair in pairs if pair.baseline != "other"]
+    names = data_names(pair.first.place for pair in pairs)
+    for pair, data in zip(pairs, names, strict=True):
         first, second = pair.first, pair.second
         known = [published(run.config, run.data) for run in (first, second)]
         claimed = known[0] and known[1] and gain(known[0][metric][0], known[1][metric][0])
         rows.append(
             [
-                first.place.data,
+                data,
                 first.config.model,
                 first.name,
                 second.name,

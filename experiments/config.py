@@ -454,7 +454,8 @@ def preset(model: str, dataset: str, optimizer: str, **overrides: Any) -> Config
     """The settings for a model on a dataset; those of SASRec on Beauty where none is known.
 
     Weight decay is part of the presets for AdamW alone: as an L2 term in the gradient of Adam
-    or SGD the same number means another thing, so theirs is 0 unless given.
+    or SGD the same number means another thing, so theirs is 0 unless given. MF-BPR, which has
+    no dropout, is the exception: without the term Adam stays 27 % below the published baseline.
 
     Args:
       model, dataset, optimizer: names.
@@ -463,5 +464,6 @@ def preset(model: str, dataset: str, optimizer: str, **overrides: Any) -> Config
     known = PRESETS.get((model, preset_name(model, dataset)), {})
     settings = {**known, "model": model, "optimizer": optimizer}
     if not optimizer.endswith("adamw"):
-        settings["weight_decay"] = 0.0
+        # Of 0, 1e-7, 1e-6 and 1e-5 the best validation on Beauty.
+        settings["weight_decay"] = 1e-6 if model == "mf" else 0.0
     return Config(**{**settings, **overrides})

@@ -69,6 +69,7 @@ FORMATS = (
             {"item": "item_id", "attributes": "genre"},
             "\t",
             required=_REQUIRED,
+            any_names=True,
         ),
         between=" ",
     ),
@@ -78,6 +79,7 @@ FORMATS = (
             read_delimited,
             {"item": "item", "attributes": "genres"},
             required=_REQUIRED,
+            any_names=True,
         )
     ),
 )
@@ -111,7 +113,8 @@ def read_attributes(
       path: of a file that `FORMATS` knows, plain or compressed.
       item_ids: integers or strings `[num_items]`.
       columns: the names of the columns `item` and `attributes`, where they differ from the
-        format's; `attributes` named here must be there.
+        format's; `attributes` named here must be there. `item` is what the interactions call
+        it: without a column of that name, one such as `item` or `movieId` is taken.
 
     Returns:
       The attributes, their names in order; `None` if the file has no column of that name.
@@ -129,7 +132,12 @@ def read_attributes(
         raise ValueError(f"`columns` names attributes, but {path.name} has no header.")
     names = {**known.format.columns, **(columns if known.format.header else {})}
     source = Source(
-        path, read_bytes(path), known.format, names, frozenset(columns), known.encoding
+        path,
+        read_bytes(path),
+        known.format,
+        names,
+        frozenset(columns) - {"item"},
+        known.encoding,
     )
     table = known.format.read(source)
     ids = _checked_ids(source, table)

@@ -65,7 +65,7 @@ def load(
         `rating`) where they differ from the format's; those named here must be there. Of CSV,
         TSV, Parquet and RecBole files, names such as `user_id`, `movieId`, `date` and
         `created_at` are known, if no two are for one role. Also `attributes`, a column of the
-        items' file, where `item` has the same name if given.
+        items' file, where `item` may have the name given or one of those known.
       encoding: of text files.
       min_rating: leaves out interactions rated lower.
       repeats: which of a user's interactions with one item to keep; see `drop_repeats`.
@@ -81,6 +81,8 @@ def load(
     path = Path(path).resolve()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder.")
+    if items and not Path(items).exists():
+        raise FileNotFoundError(f"{items}: no such file of items.")
     name = name or path.name.split(".")[0]
     if path.is_dir():
         path = _file_in(path)

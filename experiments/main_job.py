@@ -146,7 +146,7 @@ class show:
         )
         self.bar = Bar(*columns, console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task(title, total=config.epochs, state="compiling")
-        self.start, self.reports = (0, 0.0), 0
+        self.start, self.reports, self.validated = (0, 0.0), 0, False
 
     def __enter__(self):
         self.bar.start()
@@ -157,10 +157,12 @@ class show:
 
     def __call__(self, progress: Progress) -> None:
         epoch, epochs = progress.epoch, self.config.epochs
+        validated = epoch % self.config.eval_every == 0 or epoch == epochs
         # What comes first, after a start or a resumption, includes the compilation.
-        if self.reports < 2:
+        if self.reports < 2 or (validated and not self.validated):
             self.start = (epoch, progress.seconds)
         self.reports += 1
+        self.validated |= validated
         done = epoch - self.start[0]
         per_epoch = (progress.seconds - self.start[1]) / done if done else float("nan")
         state = (
@@ -169,7 +171,6 @@ class show:
             f"{_speed(per_epoch)}  {_clock(per_epoch * (epochs - epoch))} left"
         )
         self.bar.update(self.task, completed=epoch, state=state)
-        validated = epoch % self.config.eval_every == 0 or epoch == epochs
         if not self.console.is_terminal and validated:
             self.console.print(f"{self.title}  {state}", soft_wrap=True)
 

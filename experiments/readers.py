@@ -108,7 +108,10 @@ def read_delimited(source: Source) -> Table:
             line = text.count("\n", 0, text.index("\t")) + 1
             source.fail(f"a tab in a file separated by {separator!r}.", f"line {line}")
         text, separator = text.replace(separator, "\t"), "\t"
-    quoted = format.header and separator == ","
+    # Texts between tabs may begin with a quote that is their own; R quotes the names as well.
+    first = text.split("\n", 1)[0].rstrip("\r").split("\t")
+    all_quoted = all(re.fullmatch('"[^"]*"', name) for name in first)
+    quoted = format.header and (separator == "," or all_quoted)
 
     def records() -> Iterator[tuple[int, list[str]]]:
         """Line and fields of each record: slow, so only for the header and for messages."""
@@ -122,8 +125,8 @@ def read_delimited(source: Source) -> Table:
         except csv.Error as error:
             source.fail(f"{error}.", f"line {line}")
 
-    first = next(records())[1]
-    header = [name.split(":")[0] for name in first] if format.header else list(format.columns)
+    names = next(records())[1] if format.header else format.columns
+    header = [name.split(":")[0] for name in names]
 
     def check_fields() -> None:
         for line, fields in records():
@@ -225,6 +228,8 @@ def _by_role(
     series, taken = {}, {source.columns[role] for role in source.chosen}
     for role, name in source.columns.items():
         how = f"name it with `columns={{{role!r}: ...}}` (--columns {role} ...)"
+        if role == "item" and "attributes" in source.columns:  # `columns` names both files' one
+            how = f"it must be called 'item', or as in the interactions (--columns {role} ...)"
         if source.format.any_names and role not in source.chosen and name not in header:
             free = [other for other in dict.fromkeys(header) if other not in taken]
             likely = [other for other in free if _role_of(other) == role]
@@ -237,7 +242,11 @@ def _by_role(
         if name in header:
             series[role] = frame.to_series(header.index(name)).alias(role)
         elif role in source.format.required | source.chosen:
-            problem = f"no column {name!r} for the {role}, only {', '.join(named or header)}"
+            # In another encoding a whole file may be one name.
+            there = (
+                other if len(other) <= 40 else other[:40] + "..." for other in named or header
+            )
+            problem = f"no column {name!r} for the {role}, only {', '.join(there)}"
             source.fail(f"{problem}; {how}.", "line 1")
     frame = pl.DataFrame(series)
     return frame if frame.height else source.fail("no rows after the header.")

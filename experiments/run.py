@@ -128,7 +128,11 @@ def make_trainer(
         split.train, dataset.num_items, max_length=config.max_length, windows=config.windows
     )
     if config.has_teacher and teacher is None:
-        raise ValueError("`config` needs a `teacher`, but got none; see `ablate distillation`.")
+        name = "graph" if config.graph == "teacher" else "distil"
+        raise ValueError(
+            f"`{name}` {getattr(config, name)!r} needs a `teacher`, but got none; see `ablate "
+            "distillation`."
+        )
     if config.graph == "teacher" and graph is None:
         graph = teacher_graph(teacher)
     whole: Any = None
@@ -389,7 +393,9 @@ def load_run(folder: str | Path, seed: int | None = None) -> tuple[Any, np.ndarr
     """
     folder = Path(folder)
     if not (folder / RUN).exists():
-        raise ValueError(f"`folder` {folder} holds no run: there is no {RUN} in it.")
+        below = ", ".join(str(path.parent) for path in sorted(folder.glob(f"*/{RUN}")))
+        hint = f" Runs are in {below}." if below else ""
+        raise ValueError(f"`folder` {folder} holds no run: there is no {RUN} in it.{hint}")
     held = json.loads((folder / RUN).read_text(encoding="utf-8"))
     config, seeds, data = Config(**held["config"]), held["seeds"], held["data"]
     if seed is not None and seed not in seeds:
@@ -411,8 +417,14 @@ def load_run(folder: str | Path, seed: int | None = None) -> tuple[Any, np.ndarr
 
 
 def check_free(folders: Iterable[Path]) -> None:
-    """Refuses folders that hold a run; to be asked before the first of several runs."""
+    """Refuses folders that hold a run, or lie in a file; to be asked before the first run."""
     for folder in folders:
+        for path in (folder, *folder.parents):
+            if path.is_file():
+                raise ValueError(
+                    f"`folder` {folder} cannot be made, since {path} is a file; choose another "
+                    "(--out)."
+                )
         if (folder / RUN).exists():
             raise ValueError(
                 f"`folder` {folder} holds a run: resume it (--resume) or choose another "

@@ -27,8 +27,9 @@ def tests_table(runs: Iterable[Records]) -> Table:
     """Test metrics at the best validation epoch: mean ± standard deviation over seeds."""
     head = ["data", "model", "optimizer", "seeds", *SHOWN, "best epochs", "s/epoch", "device"]
     rows = []
-    for run in runs:
-        config, data = config_of(run), data_of(run)
+    runs = list(runs)
+    for run, data in zip(runs, data_names(map(place_of, runs)), strict=True):
+        config = config_of(run)
         rows.append([data, config.model, name_of(run), *_scores(run), *_conditions(run)])
         if known := published(config, described(run)):
             cells = [f"{m:.4f}" + (f" ± {s:.4f}" if s else "") for m, s in known.values()]
@@ -80,7 +81,9 @@ def _conditions(run: Records) -> list[str]:
     tests = [r for r in run if r["kind"] == "test"]
     # Of one seed; a file may hold seeds that were trained apart.
     together = {r["seed"]: r["num_seeds"] for r in tests}
-    epochs = [r["seconds"] / together[r["seed"]] for r in run if r["kind"] == "epoch"]
+    trained = [r for r in run if r["kind"] == "epoch"]
+    warm = [r for r in trained if r["epoch"] > 1]  # the first includes the compilation
+    epochs = [r["seconds"] / together[r["seed"]] for r in warm or trained]
     return [
         " ".join(str(r["epoch"]) for r in tests),
         f"{statistics.median(epochs):.2f}" if epochs else "",
@@ -107,8 +110,9 @@ def curves_table(runs: Iterable[Records]) -> Table:
         "official",
     ]
     rows = []
-    for run in runs:
-        config, data = config_of(run), data_of(run)
+    runs = list(runs)
+    for run, data in zip(runs, data_names(map(place_of, runs)), strict=True):
+        config = config_of(run)
         official = official_curve(config, described(run))
         losses, valid = by_epoch(run, "epoch", "loss"), by_epoch(run, "valid", "NDCG@10")
         for epoch in (1, 5, 10, 20, 40, 100, 200, 300, 500, 1000):
@@ -379,17 +383,23 @@ def place_of(run: Records) -> Place:
     return Place(data_of(run), config_of(run).model, ablation_of(run), sizes_of(run))
 
 
-def by_place(runs: Iterable[Records]) -> Iterator[tuple[str, list[Records]]]:
-    """Runs that are sorted by `sort_key`, with a title for those of each place.
+def data_names(places: Iterable[Place]) -> list[str]:
+    """The name of each place's dataset, with its number of users where other data of these
+    places has the same name."""
+    found = [(place.data, place.sizes) for place in places]
+    alike = Counter(name for name, _ in set(found))
+    return [
+        f"{name} of {dict(sizes).get('users', 0):,} users" if alike[name] > 1 else name
+        for name, sizes in found
+    ]
 
-    Datasets of one name that differ are told apart by their numbers of users.
-    """
+
+def by_place(runs: Iterable[Records]) -> Iterator[tuple[str, list[Records]]]:
+    """Runs that are sorted by `sort_key`, with a title for those of each place."""
     groups = [(place, list(group)) for place, group in itertools.groupby(runs, place_of)]
-    alike = Counter(place[:3] for place, _ in groups)
-    for place, group in groups:
-        title = f"{place.model} on {place.data}"
-        if alike[place[:3]] > 1:
-            title += f" of {dict(place.sizes).get('users', 0):,} users"
+    names = data_names(place for place, _ in groups)
+    for (place, group), data in zip(groups, names, strict=True):
+        title = f"{place.model} on {data}"
         yield f"{place.ablation}: {title}" if place.ablation else title, group
 
 

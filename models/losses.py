@@ -58,7 +58,7 @@ def gbce(
         raise ValueError(f"`gbce`: `num_items` must be at least 2, got {num_items}.")
     if not 0 <= t <= 1:
         raise ValueError(f"`gbce`: `t` must lie in [0, 1], got {t}.")
-    rate = negative.size / positive.size / (num_items - 1)
+    rate = _per_negative(positive, negative).shape[1] / (num_items - 1)
     return _binary(positive, negative, weights, 1 - t * (1 - rate))
 
 
@@ -105,6 +105,8 @@ def sampled_softmax(
       Bengio and Senécal, `Adaptive importance sampling
       <https://doi.org/10.1109/TNN.2007.912312>`_, IEEE TNN 2008
     """
+    if num_items < 2:
+        raise ValueError(f"`sampled_softmax`: `num_items` must be at least 2, got {num_items}.")
     _check_shape("weights", weights, positive.shape)
     if hits is not None:
         _check_shape("hits", hits, negative.shape)
@@ -192,7 +194,7 @@ def mean_in_chunks(
     pieces = ((slots, jnp.where(used, weights, 0)), fixed)
     # No infinite score, which times a weight of 0 would be NaN.
     pieces = jax.tree.map(lambda x: jnp.where(_like(used, x), x, 0), pieces)
-    size = min(chunk_size, len(weights))
+    size = max(1, min(chunk_size, len(weights)))  # no slots are one empty chunk
     (chunks, fixed), used = jax.tree.map(lambda x: _chunks(x, size), (pieces, used))
 
     def weighted(shared: Any, chunk: Any, fixed: Any) -> jax.Array:
@@ -225,6 +227,8 @@ def _per_negative(positive: jax.Array, negative: jax.Array) -> jax.Array:
     if negative.shape == positive.shape:
         negative = negative[:, None]
     _check_shape("negative", negative, (*positive.shape, *negative.shape[1:2]))
+    if not negative.shape[1]:
+        raise ValueError("`negative` must hold at least one score for each slot, got none.")
     return negative
 
 

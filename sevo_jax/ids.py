@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 
-Ragged: TypeAlias = Sequence[Any] | np.ndarray | tuple[np.ndarray, np.ndarray]
+Ragged: TypeAlias = Sequence[Any] | np.ndarray | jax.Array | tuple[np.ndarray, np.ndarray]
 
 
 def ragged(

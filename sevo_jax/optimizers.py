@@ -29,6 +29,7 @@ def sevo_adamw(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
     weight_decay: optax.ScalarOrSchedule = 0.1,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -55,10 +56,12 @@ def sevo_adamw(
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
       every: smooth in every so many steps only, see :func:`sevo`; None for each.
       residual_decay: see :func:`sevo` and :func:`eval_params`; None for the paper's.
-      correct_moments: keep the moments of rows without a gradient; False for plain Adam's.
+      correct_moments: keep the moments of rows without a gradient, in float32 or wider; False
+        for plain Adam's, which are of the type of the table.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the denominator, outside of the root.
+      eps_root: added inside of the root, see :func:`scale_by_corrected_adam`.
       weight_decay: strength of the decoupled weight decay.
       mask: which parameters decay, a tree of bools or a function of the parameters that
         returns one, as in `optax.adamw`; None for all. Under `inject_hyperparams` name a
@@ -95,10 +98,12 @@ def sevo_adamw(
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
     """
     moments = scale_by_corrected_adam if correct_moments else optax.scale_by_adam
+    adam: Any = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+    graph = normalized_adjacency(graph)  # refused before the rate, with which it may be swapped
     rate = optax.scale_by_learning_rate(learning_rate)
     steps = _smoothed_steps(
-        optax.chain(moments(b1=b1, b2=b2, eps=eps), rate),
-        optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), rate),
+        optax.chain(moments(**adam), rate),
+        optax.chain(optax.scale_by_adam(**adam), rate),
         graph,
         tables,
         beta=beta,
@@ -128,6 +133,7 @@ def sevo_adam(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
     weight_decay: optax.ScalarOrSchedule = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SEvo-enhanced Adam, Algorithm 2 of the paper.
@@ -139,8 +145,9 @@ def sevo_adam(
       \beta\right)
 
     The decay :math:`\lambda` is L2 regularisation, a part of the gradient, and the moments
-    are Adam's own: nothing is corrected for rows without a gradient. All other parameters
-    get the same without the smoothing.
+    are Adam's own, in the type of the table: nothing is corrected for rows without a gradient.
+    All other parameters get the same without the smoothing. In half precision the second
+    moment is too coarse to decay, and in float16 `eps` is 0: train float32 tables.
 
     Args:
       learning_rate: a float, a traced value or a schedule.
@@ -156,6 +163,7 @@ def sevo_adam(
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the denominator, outside of the root.
+      eps_root: added inside of the root, see :func:`scale_by_corrected_adam`.
       weight_decay: strength of the L2 regularisation.
 
     Returns:
@@ -183,7 +191,7 @@ def sevo_adam(
     """
     step = optax.chain(
         _l2(weight_decay),
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root),
         optax.scale_by_learning_rate(learning_rate),
     )
     return _smoothed_steps(

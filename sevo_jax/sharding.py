@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sevo_jax.adjacency import Graph, normalized_adjacency
+from sevo_jax.ids import check_count
 from sevo_jax.layouts import Adjacency, ColumnFunction
 
 
@@ -134,7 +135,8 @@ def shard_adjacency(
         communication. That is faster up to about 100,000 rows.
 
     Returns:
-      The adjacency, on all devices of the mesh.
+      The adjacency, on all devices of the mesh. Where its axes are of the type `Explicit`,
+      derivatives taken outside of `jax.jit` need `jax.set_mesh(mesh)`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, numpy as np
@@ -157,8 +159,14 @@ def shard_adjacency(
             f"{type(mesh).__name__}. `jax.make_mesh((jax.device_count(),), ('rows',))` makes "
             "one of all devices."
         )
+    check_count("shard_adjacency", "min_rows", min_rows)
     names = mesh.axis_names if axes is None else (axes,) if isinstance(axes, str) else axes
-    if not names or not set(names) <= set(mesh.axis_names) or len(set(names)) < len(names):
+    if (
+        not isinstance(names, tuple | list)
+        or not names
+        or not set(names) <= set(mesh.axis_names)
+        or len(set(names)) < len(names)
+    ):
         raise ValueError(
             "`shard_adjacency` takes as `axes` one or more different axes of the mesh, "
             f"{mesh.axis_names}, but got {axes!r}."

@@ -35,8 +35,9 @@ def smooth(
     where :math:`\tilde A` is the `adjacency`, :math:`X` is `x` and :math:`L` is `num_layers`.
     It is linear in `x`, symmetric positive definite, and keeps the vector of square roots of
     the degrees. Larger :math:`\beta` means smoother; 0 is the identity. Derivatives take the
-    adjacency for a constant. Those in forward mode (`jax.jvp`, `jax.hessian`) exist in the
-    layouts `"edges"`, `"dense"` and `"padded"` only, those in reverse mode in all.
+    adjacency for a constant. Those in forward mode (`jax.jvp`, `jax.hessian`) and
+    `jax.linear_transpose` exist in the layouts `"edges"`, `"dense"` and `"padded"` only, those
+    in reverse mode in all.
 
     Args:
       adjacency: prepared by :func:`normalized_adjacency`, or a graph.
@@ -87,6 +88,10 @@ def smooth(
     if kind.itemsize < 4 and jnp.issubdtype(kind, jnp.floating):
         beta = jnp.asarray(beta, jnp.float32)  # in half precision they would not sum to one
     if method == "exact":
+        if not isinstance(beta, Tracer):
+            # A float64 may be below 1 and yet be 1 in the type of the table.
+            rounded = np.asarray(beta).astype(wide.dtype)
+            check_share("smooth", "beta", rounded, "a number or an array")
         y = adjacency.columnwise(_solve, jnp.asarray(beta, wide.dtype).reshape(1, -1), wide)
     else:
         coefs = coefficients(beta, num_layers, method, rescale)
@@ -222,7 +227,11 @@ def check_share(function: str, name: str, value: Any, kinds: str) -> None:
     """Refuse what is no number in [0, 1) nor an array of such; a traced one is not known."""
     if isinstance(value, Tracer):
         return
-    if not (hasattr(value, "dtype") or isinstance(value, int | float)):
+    real = isinstance(value, int | float) or (
+        hasattr(value, "dtype")
+        and any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    )
+    if not real:
         raise TypeError(f"`{function}` takes `{name}` as {kinds}, but got {value!r}.")
     if not np.all((np.asarray(value) >= 0) & (np.asarray(value) < 1)):
         raise ValueError(f"`{function}`: `{name}` must lie in [0, 1), got {value}.")

@@ -118,7 +118,7 @@ def _only(pattern: str, paths: list[str], leaves: list[Any]) -> int:
 def _broadcast(mask: Any, params: Any) -> list[bool]:
     """One bool per leaf of `params` from a mask of its structure or a prefix of it."""
     flags, treedef = jax.tree.flatten(mask)
-    if not all(isinstance(flag, bool | np.bool_) for flag in flags):
+    if not flags or not all(isinstance(flag, bool | np.bool_) for flag in flags):
         raise TypeError(
             "`tables` takes a path pattern, a tuple of patterns, a tree of bools or a function "
             f"of the parameters that returns one, but got {mask!r}."
@@ -126,7 +126,9 @@ def _broadcast(mask: Any, params: Any) -> list[bool]:
     try:
         subtrees = treedef.flatten_up_to(params)
     except ValueError as error:
-        raise ValueError(f"`tables` is no prefix of the parameter tree: {error}") from None
+        # JAX's message prints the parameters.
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"`tables` is no prefix of the parameter tree: {reason}") from None
     return [
         bool(flag)
         for flag, subtree in zip(flags, subtrees, strict=True)

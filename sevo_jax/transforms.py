@@ -216,6 +216,10 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
         types = {jnp.result_type(count) for count in jax.tree.leaves(node["count"])}
         return len(types) == 1 and jnp.issubdtype(types.pop(), jnp.integer)
 
+    if any(map(is_state, jax.tree.leaves(params, is_leaf=is_state))):
+        raise TypeError(
+            "`eval_params` takes `opt_state`, then `params`, but `params` is a state."
+        )
     # By their paths, as Flax NNX has its own boxes for the leaves of parameters and states.
     paths, leaves = leaf_paths(params)
     places = {path: i for i, path in enumerate(paths)}
@@ -333,6 +337,7 @@ def scale_by_corrected_adam(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam's direction, in which rows without a gradient keep their last estimate.
 
@@ -359,12 +364,20 @@ def scale_by_corrected_adam(
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the denominator, outside of the root.
+      eps_root: added to the second moment, inside of the root. A small one keeps derivatives
+        through the optimizer finite where a moment is 0, as in `optax.scale_by_adam`.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
+    Raises:
+      ValueError: `b1` or `b2` lies outside of [0, 1).
+
     .. seealso:: :func:`sevo_adamw`
     """
+
+    for name, decay in (("b1", b1), ("b2", b2)):
+        check_share("scale_by_corrected_adam", name, decay, "a number or an array")
 
     def init_fn(params: optax.Params) -> ScaleByCorrectedAdamState:
         return ScaleByCorrectedAdamState(
@@ -398,7 +411,7 @@ def scale_by_corrected_adam(
         def direction(g: jax.Array, m: jax.Array, v: jax.Array, p: jax.Array) -> jax.Array:
             # As in Optax, a gradient in half precision does not narrow the step of its table.
             dtype = jnp.promote_types(g.dtype, jnp.result_type(p))
-            return (m / (jnp.sqrt(v) + eps)).astype(dtype)
+            return (m / (jnp.sqrt(v + eps_root) + eps)).astype(dtype)
 
         mu = jax.tree.map(first, updates, state.mu, rows)
         nu = jax.tree.map(second, updates, state.nu, rows)

@@ -122,6 +122,34 @@ def test_a_dataset_carries_them(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("interactions", "items", "item"),
+    [
+        ("user_id,item_id,rating,timestamp", "item_id,genres", None),
+        ("userId,movieId,rating,timestamp", "movieId,genres", None),
+        ("user,article,rating,timestamp", "item,genres", "article"),
+        ("user,article,rating,timestamp", "movie_id,genres", "article"),
+        ("user,article,rating,timestamp", "article,genres", "article"),
+    ],
+)
+def test_names_of_the_item_in_both_files(tmp_path, interactions, items, item):
+    log = tmp_path / "interactions.csv"
+    log.write_text(f"{interactions}\n1,3,5,0\n1,4,5,1\n")
+    write(tmp_path, "items.csv", f"{items}\n4,Drama\n3,Comedy|Drama\n")
+    found = load(log, columns={"item": item} if item else None).known_attributes()
+    assert of_each(found) == [["Comedy", "Drama"], ["Drama"]]
+
+
+def test_a_name_of_the_item_that_no_file_has(tmp_path):
+    path = write(tmp_path, "items.csv", "sku,genres\n1,a\n")
+    problem = "no column 'asin' for the item, only sku, genres; it must be called 'item', or as"
+    with pytest.raises(ValueError, match=problem):
+        read_attributes(path, np.array([1]), columns={"item": "asin"})
+    write(tmp_path, "interactions.csv", "user,item\n1,1\n")
+    with pytest.raises(FileNotFoundError, match=r"nope\.csv: no such file of items"):
+        load(tmp_path, items=tmp_path / "nope.csv")
+
+
+@pytest.mark.parametrize(
     ("names", "values", "row_splits", "problem"),
     [
         (("a", "a"), [0], [0, 1], "must be distinct"),

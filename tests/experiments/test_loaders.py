@@ -311,6 +311,24 @@ def test_lines_are_counted_through_quoted_newlines(tmp_path):
     fails(cut, case, 2, "unexpected end of data")
 
 
+def test_quotes_between_tabs(tmp_path):
+    """R quotes names and texts; without quoted names, a quote is part of its text."""
+    case = CASES["tsv"]
+    text = '"user"\t"item"\t"timestamp"\n"u1"\t"b"\t2\n"u1"\t"a ""x"""\t1\n'
+    assert load(write(tmp_path, case, text)).item_ids.tolist() == ['a "x"', "b"]
+    plain = write(tmp_path, case, 'user\titem\ttitle\nu1\t"b"\t"Cats" (1998)\nu1\ta\t5"\n')
+    assert load(plain).item_ids.tolist() == ['"b"', "a"]
+
+
+def test_long_names_are_cut(tmp_path):
+    """Read in another encoding, a whole file may be one name."""
+    case = CASES["csv"]
+    path = write(tmp_path, case, _PLAIN_HEAD + ",more" * 50 + "\n" + "1,2,3,4" + ",5" * 50)
+    with pytest.raises(ValueError, match="no column 'user' for the user") as error:
+        load(path, encoding="utf-16")
+    assert len(str(error.value)) < len(str(path)) + 200
+
+
 @pytest.mark.parametrize("head", [_PLAIN_HEAD, '"userId","movieId","rating","timestamp"\r'])
 def test_ratings_with_a_header(tmp_path, head):
     """As Kaggle's ratings_small.csv."""

@@ -35,7 +35,8 @@ def runs(tmp_path):
         metrics = dict.fromkeys(("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR@10"), score)
         for epoch in (1, 2):
             records.append(
-                {"kind": "epoch", "seed": seed, "epoch": epoch, "seconds": 4, "loss": loss}
+                {"kind": "epoch", "seed": seed, "epoch": epoch, "loss": loss}
+                | {"seconds": 60 if epoch == 1 else 4}  # the first with the compilation
             )
         records.append(
             {"kind": "valid", "seed": seed, "epoch": 1, "seconds": 5} | metrics | settings
@@ -92,6 +93,20 @@ def test_gains_are_told_with_their_p_values(runs, tmp_path):
     )
     row += "| 0.0250 | +60.0 % | 2.12 | 0.2 | 1 cpu (cpu), 2 core(s) |"
     assert row in page.read_text()
+
+
+def test_data_of_one_name_that_differs_is_told_apart(runs, tmp_path):
+    other = runs / "other" / "sevo_adamw"
+    shutil.copytree(runs / "beauty-sasrec" / "sevo_adamw", other)
+    for folder, users in ((runs / "beauty-sasrec" / "sevo_adamw", 1200), (other, 90)):
+        change(
+            folder / "records.jsonl",
+            lambda line, users=users: line.get("data", {}).update(users=users),
+        )
+    write_report([runs], tmp_path / "page.md")
+    for users in ("1,200", "90"):  # of the tests, and of the curves at epoch 1
+        row = f"| amazon_beauty of {users} users | sasrec | sevo_adamw, beta 0.5 |"
+        assert (tmp_path / "page.md").read_text().count(row) == 2
 
 
 def test_measured_stands_beside_published(runs, tmp_path):

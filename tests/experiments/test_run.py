@@ -344,9 +344,31 @@ def test_recommend_says_what_is_wrong(finished, arguments, message):
         top_items(folder, **({"history": ["c000-0017"]} | arguments))
 
 
-def test_recommend_needs_a_run(tmp_path):
-    with pytest.raises(ValueError, match="holds no run"):
+def test_recommend_needs_a_run(finished, tmp_path):
+    _, folder = finished
+    with pytest.raises(ValueError, match=r"holds no run: there is no run\.json in it\.$"):
         top_items(tmp_path, ["1"])
+    with pytest.raises(ValueError, match=f"Runs are in {re.escape(str(folder))}"):
+        top_items(folder.parent, ["1"])
+
+
+def test_a_file_is_no_place_for_runs(tmp_path):
+    path = tmp_path / "plain.csv"
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=r"plain\.csv is a file; choose another \(--out\)"):
+        main_job.train(cli.parse(["train", "--out", str(path)]), Console(quiet=True))
+
+
+def test_the_speed_is_shown_without_compilation():
+    """An epoch takes 1 s, the compilation of training 50 and that of ranking 100."""
+    config, console = replace(TINY, epochs=20, eval_every=4), Console(file=io.StringIO())
+    report = main_job.show(console, "resumed", config)
+    for epoch in range(5, 17):
+        progress = run.Progress.start(1)
+        progress.epoch, progress.seconds = epoch, 50.0 + epoch + 100 * (epoch >= 8)
+        report(progress)
+    lines = console.file.getvalue().splitlines()  # type: ignore
+    assert ["1.00 s/epoch" in line for line in lines] == [False, True, True]
 
 
 def test_train_command_compares_and_draws(csv, tmp_path, capsys):
@@ -439,6 +461,7 @@ def test_data_options_reach_the_loader(tmp_path, split):
         ("train --graph-window 1", "`graph_window` must be at least 2"),
         ("ablate theory --model mf", "`theory` takes `seeds` and `out` alone"),
         ("recommend --run . --history 1", "holds no run"),
+        ("train --graph teacher", "`graph` 'teacher' needs a `teacher`"),
     ],
 )
 def test_bad_input_ends_with_a_message(options, message, tmp_path, monkeypatch, capsys):

@@ -433,6 +433,17 @@ def test_scores_and_weights_of_other_slots_are_refused(loss):
         form(dot, positive[:, None], jnp.ones((3, 1)), positive, weights)
     with pytest.raises(ValueError, match="`num_items` must be at least 2, got 1"):
         gbce(positive, negative, weights, num_items=1, t=0.5)
+    with pytest.raises(ValueError, match="`num_items` must be at least 2, got 0"):
+        sampled_softmax(positive, negative, weights, num_items=0)
+    with pytest.raises(ValueError, match="`negative` must hold at least one score"):
+        loss(positive, negative[:, :0], weights)
+
+
+@pytest.mark.parametrize("loss", SAMPLED)
+def test_no_slots(loss):
+    value, _ = RUN(loss, jnp.ones(0), jnp.ones((0, 3)), jnp.ones(0))
+    assert value == 0
+    assert cross_entropy(dot, jnp.ones((0, 1)), jnp.ones((3, 1)), jnp.ones(0), jnp.ones(0)) == 0
 
 
 def test_weights_may_be_bools():

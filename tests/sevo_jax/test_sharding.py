@@ -86,6 +86,8 @@ def test_row_shardings():
         ({"axes": "columns"}, ValueError, r"axes of the mesh, \('rows',\), but got 'columns'"),
         ({"axes": ()}, ValueError, r"but got \(\)"),
         ({"axes": ("rows", "rows")}, ValueError, r"but got \('rows', 'rows'\)"),
+        ({"axes": 3}, ValueError, "but got 3"),
+        ({"min_rows": "a"}, ValueError, "`min_rows` must be an integer of at least 0, got 'a'"),
         ({"graph": None}, TypeError, "takes a `jraph.GraphsTuple`"),
     ],
 )

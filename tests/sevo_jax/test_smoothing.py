@@ -188,6 +188,8 @@ def random_graph_adjacency():
         ({"beta": -0.1}, ValueError, r"`beta` must lie in"),
         ({"beta": np.nan}, ValueError, r"`beta` must lie in"),
         ({"beta": np.array([0.5, 1.5])}, ValueError, r"`beta` must lie in"),
+        ({"beta": 1 - 1e-9, "method": "exact"}, ValueError, r"`beta` must .* got 1.0"),
+        ({"beta": np.complex64(0.5)}, TypeError, "`beta` as a number, an array"),
         ({"beta": lambda count: 0.5}, TypeError, "`beta` as a number or an array, but got <f"),
         ({"beta": [0.5, 0.5]}, TypeError, r"a number, an array or a schedule, .* \[0.5, 0.5\]"),
         ({"beta": np.array([0.5, 0.5, 0.5])}, ValueError, r"shape \[d=2\], but got \(3,\)"),

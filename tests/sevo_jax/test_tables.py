@@ -120,6 +120,8 @@ def test_a_tree_without_leaves_passes():
         (("item", "kernel"), ValueError, r"20 nodes, but .*\(20, 4\), .*kernel \(4, 4\)"),
         ("item[", ValueError, r"regular expressions, and .item\[. is none: unterminated"),
         (7, TypeError, "takes a path pattern, .* but got 7"),
+        ((), TypeError, r"takes a path pattern, .* but got \(\)"),
+        (lambda params: None, TypeError, "takes a path pattern, .* but got None"),
         ({"item_embedding": 1}, TypeError, "tree of bools"),
         ({"item": True}, ValueError, "no prefix of the parameter tree"),
     ],

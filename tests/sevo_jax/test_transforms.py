@@ -468,6 +468,8 @@ def test_optimizers_without_their_residuals_are_the_papers(alias, x64):
         np.testing.assert_array_equal(evaluated["bias"], trained["bias"])
     with pytest.raises(ValueError, match=r"has item of shape \(20, 3\), but it is not there"):
         sevo_jax.eval_params(state, {"bias": jnp.ones(3)})
+    with pytest.raises(TypeError, match="`opt_state`, then `params`, but `params` is a state"):
+        sevo_jax.eval_params(trained, state)
     np.testing.assert_allclose(trained["bias"], expected["bias"], rtol=1e-12)
     assert np.abs(trained["item"] - expected["item"]).max() > 0.01
 
@@ -702,3 +704,34 @@ class TestNaN:
 def test_bad_settings(factory, kwargs, message):
     with pytest.raises(ValueError, match=message):
         factory(random_graph(), **kwargs)
+
+
+def test_bad_arguments_of_the_optimizers():
+    with pytest.raises(ValueError, match=r"`b1` must lie in \[0, 1\), got 1.0"):
+        sevo_jax.sevo_adamw(0.1, random_graph(), b1=1.0)
+    with pytest.raises(ValueError, match=r"`b2` must lie in \[0, 1\), got -0.1"):
+        sevo_jax.scale_by_corrected_adam(b2=-0.1)
+    with pytest.raises(TypeError, match="takes a `jraph.GraphsTuple` .* but got float"):
+        sevo_jax.sevo_adamw(random_graph(), 0.1)
+
+
+@pytest.mark.parametrize("factory", [sevo_jax.sevo_adamw, sevo_jax.sevo_adam])
+def test_derivatives_through_the_optimizers(factory, x64):
+    """By the learning rate; a column without a gradient has a second moment of 0."""
+    params = {"item": jnp.ones((20, 2)), "w": jnp.array([[1.0, -1.0], [1.0, -1.0]])}
+
+    def loss(params):
+        return jnp.sum(jax.nn.relu(params["item"] @ params["w"]) ** 2)
+
+    def trained(rate, eps_root=1e-16):
+        solver = factory(rate, random_graph(), tables="item", eps_root=eps_root)
+        tree, state = params, solver.init(params)
+        for _ in range(2):
+            updates, state = solver.update(jax.grad(loss)(tree), state, tree)
+            tree = optax.apply_updates(tree, updates)
+        return loss(tree)
+
+    h = 1e-6
+    expected = (trained(0.1 + h) - trained(0.1 - h)) / (2 * h)
+    np.testing.assert_allclose(jax.grad(trained)(0.1), expected, rtol=1e-6)
+    assert np.isnan(jax.grad(functools.partial(trained, eps_root=0.0))(0.1))
