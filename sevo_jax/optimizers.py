@@ -97,14 +97,15 @@ def sevo_adamw(
     References:
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
     """
+    # First of all: swapped with the rate, it is refused by its name.
+    adjacency = normalized_adjacency(graph)
     moments = scale_by_corrected_adam if correct_moments else optax.scale_by_adam
     adam: Any = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
-    graph = normalized_adjacency(graph)  # refused before the rate, with which it may be swapped
     rate = optax.scale_by_learning_rate(learning_rate)
     steps = _smoothed_steps(
         optax.chain(moments(**adam), rate),
         optax.chain(optax.scale_by_adam(**adam), rate),
-        graph,
+        adjacency,
         tables,
         beta=beta,
         num_layers=num_layers,
@@ -189,6 +190,7 @@ def sevo_adam(
     References:
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
     """
+    adjacency = normalized_adjacency(graph)
     step = optax.chain(
         _l2(weight_decay),
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root),
@@ -197,7 +199,7 @@ def sevo_adam(
     return _smoothed_steps(
         step,
         step,
-        graph,
+        adjacency,
         tables,
         beta=beta,
         num_layers=num_layers,
@@ -274,6 +276,7 @@ def sevo_sgd(
     References:
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
     """
+    adjacency = normalized_adjacency(graph)
     step = optax.chain(
         _l2(weight_decay),
         optax.trace(decay=momentum, nesterov=nesterov),
@@ -282,7 +285,7 @@ def sevo_sgd(
     return _smoothed_steps(
         step,
         step,
-        graph,
+        adjacency,
         tables,
         beta=beta,
         num_layers=num_layers,
@@ -297,7 +300,7 @@ def sevo_sgd(
 def _smoothed_steps(
     step: optax.GradientTransformation,
     plain: optax.GradientTransformation,
-    graph: Graph,
+    adjacency: Adjacency,
     tables: Tables,
     **smoothing: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -306,7 +309,6 @@ def _smoothed_steps(
     Psi comes after the learning rate, with which it commutes: sums over steps have to hold
     each step's own.
     """
-    adjacency = normalized_adjacency(graph)
     # Of stacked tables psi needs the order. Else they are all that the partition leaves, and a
     # function of the parameters would find placeholders in the place of the others.
     left = tables if is_stack(tables) else lambda params: jax.tree.map(lambda _: True, params)

@@ -711,8 +711,12 @@ def test_bad_arguments_of_the_optimizers():
         sevo_jax.sevo_adamw(0.1, random_graph(), b1=1.0)
     with pytest.raises(ValueError, match=r"`b2` must lie in \[0, 1\), got -0.1"):
         sevo_jax.scale_by_corrected_adam(b2=-0.1)
-    with pytest.raises(TypeError, match="takes a `jraph.GraphsTuple` .* but got float"):
-        sevo_jax.sevo_adamw(random_graph(), 0.1)
+    for factory in (sevo_jax.sevo_adamw, sevo_jax.sevo_adam, sevo_jax.sevo_sgd):
+        with pytest.raises(TypeError, match="takes a `jraph.GraphsTuple` .* but got float"):
+            factory(random_graph(), 0.1)
+        prepared = sevo_jax.normalized_adjacency(random_graph())
+        with pytest.raises(TypeError, match="takes a `jraph.GraphsTuple` .* but got float"):
+            factory(prepared, 0.1)
 
 
 @pytest.mark.parametrize("factory", [sevo_jax.sevo_adamw, sevo_jax.sevo_adam])
