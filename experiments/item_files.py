@@ -11,7 +11,14 @@ import numpy as np
 import polars as pl
 
 from experiments.dataset import Attributes
-from experiments.readers import Format, Source, Table, read_bytes, read_delimited
+from experiments.readers import (
+    Format,
+    Source,
+    Table,
+    read_bytes,
+    read_delimited,
+    read_parquet,
+)
 
 # In the order of their columns in `u.item`, as MovieLens-100K's README lists them.
 _GENRES = (
@@ -21,6 +28,7 @@ _GENRES = (
 )  # fmt: skip
 _PARTNERS = {"interactions.csv": "items.csv", "ratings.dat": "movies.dat", "u.data": "u.item"}
 _REQUIRED = frozenset({"item"})
+_PLAIN = {"item": "item", "attributes": "genres"}
 
 
 def _same(*names: str) -> dict[str, str]:
@@ -73,15 +81,12 @@ FORMATS = (
         ),
         between=" ",
     ),
+    ItemFormat(Format("*.csv", read_delimited, _PLAIN, required=_REQUIRED, any_names=True)),
     ItemFormat(
-        Format(
-            "*.csv",
-            read_delimited,
-            {"item": "item", "attributes": "genres"},
-            required=_REQUIRED,
-            any_names=True,
-        )
+        Format("*.tsv", read_delimited, _PLAIN, "\t", required=_REQUIRED, any_names=True)
     ),
+    # Here an item's attributes may also be a list.
+    ItemFormat(Format("*.parquet", read_parquet, _PLAIN, required=_REQUIRED, any_names=True)),
 )
 
 
@@ -144,7 +149,7 @@ def read_attributes(
     if known.flags:
         lists = _flagged(source, table, known.flags)
     elif "attributes" in table.frame:
-        lists = table.frame["attributes"].cast(pl.String).fill_null("").str.split(known.between)
+        lists = _lists(source, table.frame["attributes"], known.between)
     else:
         return None
     wanted = pl.DataFrame({"item": item_ids.astype(str)}).with_row_index("row")
@@ -166,7 +171,10 @@ def read_attributes(
 
 
 def _checked_ids(source: Source, table: Table) -> pl.Series:
-    ids = table.frame["item"].cast(pl.String)
+    column = table.frame["item"]
+    if column.dtype.is_nested():
+        source.fail(f"item: expected plain values, found {column.dtype}.")
+    ids = column.cast(pl.String)
     for good, problem in (
         (ids.is_not_null() & (ids != ""), "item: expected a value."),
         (ids.is_first_distinct(), "this item has a line already."),
@@ -174,6 +182,16 @@ def _checked_ids(source: Source, table: Table) -> pl.Series:
         if not good.all():
             source.fail(problem, table.line(int(good.arg_min() or 0)))
     return ids
+
+
+def _lists(source: Source, attributes: pl.Series, between: str) -> pl.Series:
+    """The attributes of each row as a list of names; null where there are none."""
+    kind = attributes.dtype
+    if isinstance(kind, pl.List | pl.Array) and not kind.inner.is_nested():
+        return attributes.cast(pl.List(pl.String))
+    if kind.is_nested():
+        source.fail(f"attributes: expected names or lists of them, found {kind}.")
+    return attributes.cast(pl.String).str.split(between)
 
 
 def _flagged(source: Source, table: Table, flags: tuple[str, ...]) -> pl.Series:

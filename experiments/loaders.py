@@ -16,7 +16,7 @@ see `experiments.item_files`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -251,6 +251,22 @@ def _times(column: pl.Series) -> pl.Series:
     forms = ("%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d")
     dates = (text.to_datetime(form, time_unit="us", strict=False) for form in forms)
     return _numbers(min(dates, key=pl.Series.null_count))
+
+
+def instants(times: Iterable[str | float]) -> list[float]:
+    """Times as `load` has them: numbers, or dates in seconds since 1970.
+
+    Raises:
+      ValueError: one is neither, or they are in several forms.
+    """
+    texts = list(map(str, times))
+    numbers = _times(pl.Series(texts))
+    if numbers.null_count() or not numbers.is_finite().all():
+        raise ValueError(
+            "`times` must be numbers, or dates such as 2014-03-31 (all in one form), got "
+            f"{', '.join(texts)}."
+        )
+    return numbers.to_list()
 
 
 _PLAIN = {role: role for role in ROLES}

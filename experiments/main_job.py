@@ -16,7 +16,7 @@ from rich.table import Table
 
 from experiments.config import Config, known_name
 from experiments.dataset import Dataset, Split, global_time_split, leave_one_out
-from experiments.loaders import load
+from experiments.loaders import instants, load
 from experiments.mesh import make_mesh
 from experiments.options import Job, Train
 from experiments.plots import plot_run
@@ -112,8 +112,10 @@ def join_mesh(options: Train) -> Mesh | None:
 
 def split_of(options: Job) -> tuple[Dataset, Split]:
     """The data that the options name, and what of it is trained on and held out."""
-    dataset, times = load_data(options), options.split_times
-    return dataset, global_time_split(dataset, *times) if times else leave_one_out(dataset)
+    dataset = load_data(options)
+    if options.split_times is None:
+        return dataset, leave_one_out(dataset)
+    return dataset, global_time_split(dataset, *instants(options.split_times))
 
 
 def load_data(options: Job) -> Dataset:

@@ -54,9 +54,9 @@ class Job:
     """Which of a user's interactions with the same item to keep."""
     k_core: int | None = None
     """Leave out users and items with fewer interactions."""
-    split_times: tuple[float, float] | None = None
+    split_times: tuple[str, str] | None = None
     """Validate from the first timestamp on and test from the second, instead of each user's
-    last two interactions; numbers as in the data, and for dates seconds since 1970."""
+    last two interactions; numbers as in the data, or dates such as 2014-03-31."""
     placement: Placement | None = None
     """Smooth Adam's `update` (the paper), the `gradient`, first that and then this (`switch`),
     or `both`; for optimizers with SEvo."""

@@ -4,6 +4,7 @@ import gzip
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 
 from experiments.dataset import Attributes, k_core
@@ -77,6 +78,38 @@ def test_bad_files(tmp_path, name, text, problem):
     with pytest.raises(ValueError, match=problem) as error:
         read_attributes(path, np.arange(1, 4))
     assert str(error.value).startswith(str(path))
+
+
+TABLE = {"item_id": [2, 1, 3, 9], "genres": ["Comedy|Action", "Action", "", "Other"]}
+LISTS = TABLE | {"genres": [["Comedy", "Action"], ["Action"], None, ["Other"]]}
+
+
+@pytest.mark.parametrize("table", [TABLE, LISTS, LISTS | {"item_id": ["2", "1", "3", "9"]}])
+def test_parquet_and_tsv(tmp_path, table):
+    frame = pl.DataFrame(table)
+    paths = [tmp_path / "items.parquet", tmp_path / "items.tsv"]
+    frame.write_parquet(paths[0])
+    rows = [tuple(TABLE), *zip(*TABLE.values(), strict=True)]
+    paths[1].write_text("".join(f"{item}\t{genres}\n" for item, genres in rows))
+    for path in paths:
+        found = read_attributes(path, np.array([1, 2, 3, 4]))
+        assert found is not None and found.names == ("Action", "Comedy")
+        assert of_each(found) == [["Action"], ["Action", "Comedy"], [], []]
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ({"item": [[1]], "genres": ["a"]}, r"item: expected plain values, found List\(Int64\)"),
+        ({"item": [1], "genres": [{"a": 1}]}, "names or lists of them, found Struct"),
+        ({"item": [1, 1], "genres": ["a", "b"]}, "row 2: this item has a line already"),
+    ],
+)
+def test_bad_parquet(tmp_path, table, problem):
+    path = tmp_path / "items.parquet"
+    pl.DataFrame(table).write_parquet(path)
+    with pytest.raises(ValueError, match=problem):
+        read_attributes(path, np.array([1]))
 
 
 def test_columns(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments.loaders import FORMATS, load
+from experiments.loaders import FORMATS, instants, load
 from tests.data_path import data_folder
 
 
@@ -282,6 +282,15 @@ def test_dates(tmp_path, times):
     path.write_text(f"user,item,timestamp\n1,5,{times[0]}\n1,6,soon\n")
     with pytest.raises(ValueError, match="line 3: timestamp: .* a date .*, found 'soon'"):
         load(path)
+    # What splits by time reads dates in the same way.
+    assert sorted(instants(times)) == dataset.timestamps.tolist()
+
+
+def test_instants():
+    assert instants(("600", "800.5")) == instants((600, 800.5)) == [600, 800.5]
+    for bad in (("1970-01-01", "800"), ("soon", "later"), ("nan", "1"), ("", "1")):
+        with pytest.raises(ValueError, match="must be numbers, or dates such as 2014-03-31"):
+            instants(bad)
 
 
 def test_optional_columns(tmp_path):

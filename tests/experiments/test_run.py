@@ -414,7 +414,7 @@ def test_data_options_reach_the_loader(tmp_path, split):
     options += ["--columns", *columns.split(), "--split-times", "600", "800"]
     parsed = cli.parse(options)
     loaded = main_job.load_data(parsed)
-    assert parsed.split_times == (600, 800)
+    assert parsed.split_times == ("600", "800")
     stars = 1 + np.arange(dataset.num_interactions) % 5
     assert loaded.num_interactions + sum(loaded.drops.values()) == dataset.num_interactions
     assert max(loaded.drops.values()) == (stars < 2).sum()
