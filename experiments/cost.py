@@ -58,7 +58,13 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
             "`cost` takes models as `arms` and one seed, got `model` "
             f"{options.model!r} and `seeds` {options.seeds}."
         )
-    split = split_of(options)[1] if set(arms) & {*models} else None
+    needs_data = bool(set(arms) & {*models})
+    if not needs_data and (options.data != "synthetic" or options.data_options()):
+        raise ValueError(
+            f"`data` {options.data} and its options change nothing, as all `arms` are on data "
+            "generated for them; leave them out."
+        )
+    split = split_of(options)[1] if needs_data else None
     configs = {}
     for arm in arms:
         model, data = "sasrec", "amazon_beauty"  # of the large sizes
@@ -67,7 +73,17 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
         # LightGCN does in the network what SEvo does in training.
         names = OPTIMIZERS if model != "lightgcn" else OPTIMIZERS[:1]
         configs[arm] = [preset(model, data, name, **options.given_to(name)) for name in names]
-    options.check_given([config for of_arm in configs.values() for config in of_arm])
+    every = [config for of_arm in configs.values() for config in of_arm]
+    options.check_given(every)
+    if options.eval_every is not None:
+        raise ValueError("`eval_every` changes nothing in `cost`; leave it out.")
+    if options.epochs is not None and not any(
+        config.schedule == "cosine" or config.placement == "switch" for config in every
+    ):
+        raise ValueError(
+            "`epochs` changes nothing in `cost` without the `schedule` cosine or the `placement` "
+            "switch; leave it out."
+        )
     findings = []
     if split:
         chosen = {arm: of_arm for arm, of_arm in configs.items() if arm in models}
@@ -159,18 +175,23 @@ def alternate(
 
 
 def _large(configs: dict[str, list[Config]], console: Console) -> Finding:
-    rows = []
+    rows, num_steps = [], 0
     for name, of_size in configs.items():
-        edges, (plain, sevo) = steps(LARGE[name], of_size)
+        edges, num_steps, (plain, sevo) = steps(LARGE[name], of_size)
         cells = [f"{LARGE[name].num_items:,}", f"{edges:,}", f"{plain:.0f}", f"{sevo:.0f}"]
         rows.append([name, *cells, f"{sevo / plain:.2f}"])
         console.print(f"{name}: {plain:.0f} and {sevo:.0f} ms/step")
     head = ["size of", "items", "directed edges", "ms/step, AdamW", "ms/step, SEvo", "ratio"]
-    title = f"SASRec on generated data of large catalogues, medians of {ROUNDS} times ten steps"
+    title = (
+        f"SASRec on generated data of large catalogues, medians of {ROUNDS} times {num_steps} "
+        "steps"
+    )
     return Finding(title, head, rows)
 
 
-def steps(size: Size, configs: Sequence[Config], users: int = 5120) -> tuple[int, list[float]]:
+def steps(
+    size: Size, configs: Sequence[Config], users: int = 5120
+) -> tuple[int, int, list[float]]:
     """Milliseconds of a training step with each of the settings.
 
     Args:
@@ -179,7 +200,7 @@ def steps(size: Size, configs: Sequence[Config], users: int = 5120) -> tuple[int
       users: of the log that are trained on, all in every round.
 
     Returns:
-      The number of directed edges, and the times.
+      The number of directed edges, that of the steps in a round, and the times.
     """
     values, row_splits = sequences(size)
     graph = item_graph((values + 1, row_splits), size.num_items + 1)  # a row for padding
@@ -191,9 +212,9 @@ def steps(size: Size, configs: Sequence[Config], users: int = 5120) -> tuple[int
         smoothed = config.optimizer.startswith("sevo_")
         trainer = make_trainer(config, split, graph=adjacency if smoothed else None)
         arms.append(_Arm(trainer, 0))
-    per_epoch = -(-users // configs[0].batch_size)
     seconds = alternate([arm.epoch for arm in arms], ROUNDS)
-    return edges, [1000 * s / per_epoch for s in seconds]
+    num_steps = arms[0].trainer.num_steps
+    return edges, num_steps, [1000 * s / num_steps for s in seconds]
 
 
 def sequences(size: Size) -> tuple[np.ndarray, np.ndarray]:

@@ -62,6 +62,8 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
     betas = (settings.pop("beta"),) if "beta" in settings else BETAS
     config = preset(options.model, options.preset_name(dataset.name), "sevo_adamw", **settings)
     options.check_given([config])
+    if options.eval_every is not None:
+        raise ValueError("`eval_every` changes nothing in `embeddings`; leave it out.")
     if options.arms:
         raise ValueError(f"`embeddings` has no `arms`, got {options.arms}; see `beta`.")
     groups = groups_of(dataset.known_attributes())

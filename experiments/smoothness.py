@@ -117,7 +117,9 @@ def measure(
         return jax.lax.map(of_one, params)
 
     for epoch in range(1, config.epochs + 1):
-        state, _ = trainer.epoch(state, epoch)
+        state, loss = trainer.epoch(state, epoch)
+        if not np.isfinite(loss).all():
+            raise FloatingPointError(f"the loss is not finite in epoch {epoch}.")
         found = {name: optax.tree.get(state.opt_state, name) for name in MEASURES}
         found["table"] = energies(state.params)
         if epoch == 1 or epoch % config.eval_every == 0 or epoch == config.epochs:

@@ -20,6 +20,7 @@ from rich.console import Console
 from experiments import records
 from experiments.config import check_seeds
 from experiments.options import Ablate
+from experiments.run import check_free
 from experiments.tables import ablate_command, with_given
 
 FILE = "study.json"
@@ -44,7 +45,7 @@ def run(options: Ablate, console: Console) -> list[Finding]:
     """Runs the study that `options` name, prints what it finds and keeps it.
 
     Raises:
-      ValueError: the folder holds a study already.
+      ValueError: the folder holds a study or a run already, or cannot be made.
     """
     check_seeds(options.seeds)
     if options.resume:
@@ -56,10 +57,14 @@ def run(options: Ablate, console: Console) -> list[Finding]:
     out = options.out or Path("runs") / place
     if (out / FILE).exists():
         raise ValueError(f"`out` {out} holds a study; choose another folder.")
+    check_free([out])
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:  # after an error nothing is left
+    # After an error nothing is left. It lies beside `out`, so that a place that takes no files
+    # is found out before the work and not after it.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         findings: list[Finding] = module.study(options, Path(folder), console)
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(exist_ok=True)
         for picture in Path(folder).iterdir():
             shutil.move(picture, out / picture.name)
     seconds = time.perf_counter() - began

@@ -77,6 +77,7 @@ class Trainer:
         self.touched = touched
         lengths = np.asarray(data.lengths)
         order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))
+        self.num_steps = order.shape[0]  # of an epoch
         num_windows = order.shape[-1]  # of a stream
         spread = 4.5 * math.sqrt(num_windows) * lengths.std()
         self.usual_slots = min(

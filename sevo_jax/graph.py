@@ -21,6 +21,7 @@ from sevo_jax.ids import (
     check_ids,
     check_positive,
     ragged,
+    real_numbers,
 )
 
 _BLOCK = 1 << 22  # values, pairs or keys in flight at a time: bounds the working memory
@@ -136,7 +137,9 @@ def edge_graph(
     for name, ids in ends.items():
         check_ids("edge_graph", name, ids, num_nodes, "num_nodes")
     left, right = ends.values()
-    weight = np.ones(len(left)) if weights is None else np.asarray(weights, np.float64)
+    weight = np.ones(len(left))
+    if weights is not None:
+        weight = real_numbers("edge_graph", "weights", weights).astype(np.float64)
     if not left.shape == right.shape == weight.shape:
         raise ValueError(
             "`edge_graph` takes `senders`, `receivers` and `weights` of one shape [num_edges], "
@@ -264,7 +267,7 @@ def knn_graph(embeddings: ArrayLike, k: int = 10) -> jraph.GraphsTuple:
       1 0 0.707
     """
     check_positive("knn_graph", "k", k)
-    table = np.asarray(embeddings, np.float32)
+    table = real_numbers("knn_graph", "embeddings", embeddings).astype(np.float32)
     if table.ndim != 2 or not np.isfinite(table).all():
         raise ValueError(
             "`knn_graph` takes finite `embeddings` of shape [num_nodes, d], but got shape "

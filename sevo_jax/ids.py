@@ -79,6 +79,14 @@ def check_choice(function: str, name: str, value: str, valid: tuple[str, ...]) -
         raise ValueError(f"`{function}`: unknown `{name}` {value!r}, valid are {valid}.")
 
 
+def real_numbers(function: str, name: str, values: Any) -> np.ndarray:
+    """The values as an array; refused if they are no real numbers."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise TypeError(f"`{function}` takes real numbers in `{name}`, but got {array.dtype}.")
+    return array
+
+
 def bad_weight(weights: np.ndarray) -> int | None:
     """The place of the first weight that is negative or not finite, None if none is."""
     good = np.isfinite(weights) & (weights >= 0)

@@ -60,7 +60,13 @@ def _register(path: Path) -> None:
     # XLA takes no second library for a name, not even the same one from another cache folder.
     if path.name in _registered:
         return
-    loaded = ctypes.cdll.LoadLibrary(str(path))
+    try:
+        loaded = ctypes.cdll.LoadLibrary(str(path))
+    except OSError as error:
+        raise RuntimeError(
+            f"The library of the compiled layout does not load ({error}). Delete {path} and "
+            f'run `{COMMAND}` again, or take `layout="rows"`.'
+        ) from error
     for target in _TARGETS:
         capsule = jax.ffi.pycapsule(getattr(loaded, f"sevo_polynomial_{target}"))
         jax.ffi.register_ffi_target(f"sevo_polynomial_{target}", capsule, platform="cpu")

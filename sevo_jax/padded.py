@@ -67,22 +67,27 @@ class Padded(Adjacency):
         return cls(tables, all_factors, all_groups, jnp.asarray(isolated))
 
     def matmul(self, x: jax.Array) -> jax.Array:
-        sums = []
-        for senders, weights, groups in zip(
-            self.senders, self.weights, self.groups, strict=True
-        ):
-            weights = weights.astype(x.dtype)
-            # One gather for each place, fused with the sum: an edges x d array never exists.
-            rows = weights[:, :1] * x[senders[:, 0]]
-            for place in range(1, senders.shape[1]):
-                rows += weights[:, place, None] * x[senders[:, place]]
-            num_groups = len(rows) - len(groups)
-            sums.append(rows[:num_groups])
-            x = rows[num_groups:]
-        y = sums.pop()
-        for groups in self.groups[-2::-1]:
-            y = sums.pop().at[groups].add(y, mode="drop", unique_indices=True)
-        return y
+        return _sums(self, x)
+
+
+@jax.jit  # or a call outside of `jit` would run every place by itself
+def _sums(adjacency: Padded, x: jax.Array) -> jax.Array:
+    sums = []
+    for senders, weights, groups in zip(
+        adjacency.senders, adjacency.weights, adjacency.groups, strict=True
+    ):
+        weights = weights.astype(x.dtype)
+        # One gather for each place, fused with the sum: an edges x d array never exists.
+        rows = weights[:, :1] * x[senders[:, 0]]
+        for place in range(1, senders.shape[1]):
+            rows += weights[:, place, None] * x[senders[:, place]]
+        num_groups = len(rows) - len(groups)
+        sums.append(rows[:num_groups])
+        x = rows[num_groups:]
+    y = sums.pop()
+    for groups in adjacency.groups[-2::-1]:
+        y = sums.pop().at[groups].add(y, mode="drop", unique_indices=True)
+    return y
 
 
 def _rows(

@@ -54,30 +54,21 @@ class Sharded(Adjacency):
         return self.polynomial(jnp.array([0, 1], x.dtype).reshape(2, 1, 1), x)
 
     def polynomial(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
-        def function(local: Adjacency, coefficients: jax.Array, x: jax.Array) -> jax.Array:
-            return local.polynomial(coefficients, x)
-
-        return self.columnwise(function, coefficients, x)
+        return self.columnwise(_polynomial, coefficients, x)
 
     def columnwise(
         self, function: ColumnFunction, parameters: jax.Array, x: jax.Array
     ) -> jax.Array:
-        whole = PartitionSpec()
-        # Products inside start sums from constants, which the check of varying axes refuses.
-        apply = jax.shard_map(
-            functools.partial(self._own_share, function),
-            mesh=self.mesh,
-            in_specs=(whole, whole, self.rows),
-            out_specs=self.rows,
-            check_vma=False,
-        )
         if AxisType.Explicit not in self.mesh.axis_types:
-            return apply(self.local, parameters, x)
+            return _on_all_devices(self, function, parameters, x)
         # There the place is a part of the type, and JAX brings nothing to where it is needed:
-        # a table that lies elsewhere, as stacked ones do, is brought there and back.
+        # a table that lies elsewhere, as stacked ones do, is brought there and back. One that
+        # has no place yet comes back whole on every device, so that it can be cut anywhere.
         before = jax.typeof(x).sharding
-        y = apply(self.local, parameters, jax.sharding.reshard(x, self._place(self.rows)))
-        return y if before.mesh.empty else jax.sharding.reshard(y, self._place(before.spec))
+        x = jax.sharding.reshard(x, self._place(self.rows))
+        y = _on_all_devices(self, function, parameters, x)
+        spec = PartitionSpec() if before.mesh.empty else before.spec
+        return jax.sharding.reshard(y, self._place(spec))
 
     def _place(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
@@ -107,6 +98,27 @@ class Sharded(Adjacency):
         columns = lax.all_to_all(fill(x), axes, split_axis=1, concat_axis=0, tiled=True)
         y = function(local, parameters, columns)
         return lax.all_to_all(y, axes, split_axis=0, concat_axis=1, tiled=True)[:, :d]
+
+
+def _polynomial(adjacency: Adjacency, coefficients: jax.Array, x: jax.Array) -> jax.Array:
+    return adjacency.polynomial(coefficients, x)
+
+
+# Without `jit` each call outside of one would compile anew.
+@functools.partial(jax.jit, static_argnames="function")
+def _on_all_devices(
+    adjacency: Sharded, function: ColumnFunction, parameters: jax.Array, x: jax.Array
+) -> jax.Array:
+    whole = PartitionSpec()
+    # Products inside start sums from constants, which the check of varying axes refuses.
+    apply = jax.shard_map(
+        functools.partial(adjacency._own_share, function),
+        mesh=adjacency.mesh,
+        in_specs=(whole, whole, adjacency.rows),
+        out_specs=adjacency.rows,
+        check_vma=False,
+    )
+    return apply(adjacency.local, parameters, x)
 
 
 def shard_adjacency(

@@ -215,9 +215,11 @@ def check_smoothing(
         )
     check_choice(function, "method", method, get_args(Method))
     check_choice(function, "isolated", isolated, get_args(Isolated))
-    if not isinstance(rescale, bool | np.bool_ | jax.Array):
+    if not isinstance(rescale, bool | np.bool_) and not (
+        isinstance(rescale, jax.Array) and rescale.ndim == 0
+    ):
         raise TypeError(
-            f"`{function}` takes `rescale` as a bool or an array of one, but got {rescale!r}."
+            f"`{function}` takes `rescale` as a bool or a scalar array, but got {rescale!r}."
         )
     if not callable(beta):
         check_share(function, "beta", beta, "a number, an array or a schedule")

@@ -436,6 +436,9 @@ def _mean_step(decay: Any, count: jax.typing.ArrayLike) -> jax.Array:
     """
     if isinstance(decay, jax.Array):
         log_decay = jnp.log1p(decay - 1)
+    elif np.ndim(decay):
+        with np.errstate(divide="ignore"):
+            log_decay = np.log(decay)
     else:
         log_decay = math.log(decay) if decay > 0 else -math.inf
     time = jnp.asarray(count, jnp.result_type(float))

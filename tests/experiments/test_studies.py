@@ -78,6 +78,9 @@ def test_smoothness_along_training():
         assert (values["after"][1] < values["before"][1] / 4).all()
         assert len(set(values["table"].ravel())) == 4  # each beta and seed is its own run
     assert (found[2]["NDCG@10"] >= 0).all()
+    diverging = replace(config, learning_rate=1e38)
+    with pytest.raises(FloatingPointError, match="the loss is not finite in epoch"):
+        list(smoothness.measure(diverging, split, (0.5,), (3,)))
 
 
 @pytest.mark.parametrize("family", theory.FAMILIES)
@@ -147,6 +150,10 @@ def test_cost_of_backbones(tmp_path, monkeypatch):
         ({"model": "mf"}, "`cost` takes models as `arms` and one seed, got `model` 'mf'"),
         ({"seeds": (0, 1)}, "`cost` takes models as `arms` and one seed, .* `seeds` .0, 1."),
         ({"momentum": 0.3}, "`momentum` changes nothing"),
+        ({"epochs": 7}, "`epochs` changes nothing in `cost` without"),
+        ({"eval_every": 3}, "`eval_every` changes nothing in `cost`"),
+        ({"arms": ("electronics",), "data": "a.csv"}, "`data` a.csv and its options change"),
+        ({"arms": ("electronics",), "k_core": 5}, "`data` synthetic and its options change"),
     ):
         with pytest.raises(ValueError, match=message):
             cost.study(replace(options, **change), tmp_path, Console())
@@ -161,7 +168,10 @@ def test_a_large_catalogue_is_generated_with_its_edges(monkeypatch):
     assert counts[:200].sum() > 2 * counts[200:400].sum()  # a long tail
     config = Config(dim=4, num_blocks=1, max_length=10, smooth_every=2)
     configs = [replace(config, optimizer="adamw", smooth_every=1), config]
-    edges, milliseconds = cost.steps(size, configs, users=512)
+    edges, num_steps, milliseconds = cost.steps(size, configs, users=512)
+    assert num_steps == 1
+    prefixes = [replace(one, windows="prefixes", batch_size=256) for one in configs[:1]]
+    assert cost.steps(size, prefixes, users=128)[1] == 128 * (cost.LENGTH - 3) // 256 + 1
     rows = values.reshape(3000, cost.LENGTH)
     pairs = {(a, b) for row in rows for a, b in itertools.pairwise(row)}
     assert edges == len(pairs | {(b, a) for a, b in pairs}) and min(milliseconds) > 0
@@ -185,6 +195,10 @@ def test_a_study_is_kept_and_reported(tmp_path, capsys, monkeypatch):
         "holds a study" in (errors := capsys.readouterr().err)
         and "`seeds` and `out` alone" in errors
     )
+    # Found out before the work.
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be made, since .*file is a file"):
+        study.run(Ablate(name="theory", out=tmp_path / "file" / "x"), Console())
     keep([tmp_path / "runs"], tmp_path / "kept")
     page = tmp_path / "RESULTS.md"
     assert write_report([tmp_path / "kept"], page) == 1

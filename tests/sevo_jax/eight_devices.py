@@ -163,7 +163,8 @@ def test_moments_and_sums_begin_where_the_table_lies():
 
 @pytest.mark.parametrize("types", [AUTO, EXPLICIT])
 @pytest.mark.parametrize("jit", [True, False])
-def test_stacked_tables_stay_whole(types, jit, x64):
+@pytest.mark.parametrize("placed", [True, False])
+def test_stacked_tables_stay_whole(types, jit, placed, x64):
     graph = sevo_jax.bipartite_graph(np.arange(15), np.arange(15), 15, 25)
     params = {"user": jnp.ones((15, 8)), "item": jnp.ones((25, 8))}
     sharded = shard_adjacency(graph, mesh(8, types=types))
@@ -175,7 +176,22 @@ def test_stacked_tables_stay_whole(types, jit, x64):
         update = jax.jit(solver.update) if jit else solver.update
         return update(params, solver.init(params), params)[0]
 
-    assert_trees_close(trained(sharded, jax.device_put(params, places)), trained(graph, params))
+    given = jax.device_put(params, places) if placed else params
+    assert_trees_close(trained(sharded, given), trained(graph, params))
+
+
+@pytest.mark.parametrize("how", [{}, {"method": "exact"}])
+@pytest.mark.parametrize("types", [AUTO, EXPLICIT])
+def test_second_call_outside_of_jit_compiles_nothing(types, how, caplog):
+    graph = shard_adjacency(random_graph(0, NUM_NODES), mesh(8, types=types))
+    table = jnp.ones((NUM_NODES, 19))
+    table = jax.device_put(table, row_shardings(table, graph))
+    with jax.log_compiles():
+        sevo_jax.smooth(graph, table, **how)
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        sevo_jax.smooth(graph, table, **how)
+        assert "Compiling" not in caplog.text
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec(None, "rows"), None])

@@ -393,6 +393,17 @@ def test_a_library_of_another_source_is_not_taken(library, monkeypatch, tmp_path
     assert native.library() != library and not native.is_built()
 
 
+@needs_compiler
+def test_a_library_that_does_not_load_is_named(library, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_registered", set())
+    broken = native.library()
+    broken.parent.mkdir()
+    broken.write_text("broken")
+    with pytest.raises(RuntimeError, match=f"does not load .* Delete {broken}"):
+        sevo_jax.smooth(random_graph(), jnp.ones((20, 2)))
+
+
 def test_what_the_compiler_says_is_passed_on(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "/does/not/exist")

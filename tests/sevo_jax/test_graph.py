@@ -318,6 +318,12 @@ def test_ten_million_interactions():
             "`attribute_graph` takes integer",
         ),
         (lambda: sevo_jax.attribute_graph([[0]], max_items=0), ValueError, "`max_items`"),
+        (
+            lambda: sevo_jax.edge_graph([0], [1], 2, ["a"]),
+            TypeError,
+            "in `weights`, but got <U1",
+        ),
+        (lambda: sevo_jax.knn_graph([[1j]]), TypeError, "in `embeddings`, but got complex128"),
         (lambda: sevo_jax.knn_graph([[np.nan]]), ValueError, "1 non-finite"),
         (lambda: sevo_jax.knn_graph([0.0]), ValueError, "shape \\[num_nodes, d\\]"),
         (lambda: sevo_jax.knn_graph([[0.0]], k=0), ValueError, "`k` must be a positive"),

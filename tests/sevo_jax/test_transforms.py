@@ -101,6 +101,17 @@ def test_step_of_the_running_mean_in_float32(b, traced, t):
     np.testing.assert_allclose(state.mu, expected, rtol=3e-6)
 
 
+def test_a_decay_for_each_column_in_numpy_and_in_jax():
+    decays = np.array([0.0, 0.9, 0.999])
+    g = jnp.arange(6.0).reshape(2, 3) + 1
+    for kinds in (np.asarray, jnp.asarray):
+        solver = sevo_jax.scale_by_corrected_adam(b1=kinds(decays), b2=kinds(decays))
+        _, state = solver.update(g, solver.init(g))
+        _, state = solver.update(2 * g, state)
+        old = 1 - (1 - decays) / (1 - decays**2)
+        np.testing.assert_allclose(state.mu, old * g + (1 - old) * 2 * g, rtol=3e-6)
+
+
 def test_count_saturates_instead_of_overflowing():
     solver = sevo_jax.scale_by_corrected_adam()
     state = solver.init(jnp.zeros((1, 1)))._replace(count=jnp.int32(2**31 - 1))
@@ -711,6 +722,12 @@ def test_bad_arguments_of_the_optimizers():
         sevo_jax.sevo_adamw(0.1, random_graph(), b1=1.0)
     with pytest.raises(ValueError, match=r"`b2` must lie in \[0, 1\), got -0.1"):
         sevo_jax.scale_by_corrected_adam(b2=-0.1)
+    with pytest.raises(ValueError, match=r"`sevo_adamw`: `b2` must lie in \[0, 1\), got 1.0"):
+        sevo_jax.sevo_adamw(0.1, random_graph(), b2=1.0, correct_moments=False)
+    with pytest.raises(ValueError, match=r"`sevo_adam`: `b1` must lie in \[0, 1\), got 1.5"):
+        sevo_jax.sevo_adam(0.1, random_graph(), b1=1.5)
+    with pytest.raises(ValueError, match=r"`sevo_sgd`: `momentum` must lie in \[0, 1\)"):
+        sevo_jax.sevo_sgd(0.1, random_graph(), momentum=1.5)
     for factory in (sevo_jax.sevo_adamw, sevo_jax.sevo_adam, sevo_jax.sevo_sgd):
         with pytest.raises(TypeError, match="takes a `jraph.GraphsTuple` .* but got float"):
             factory(random_graph(), 0.1)
