@@ -9,7 +9,7 @@ import optax
 
 class AveragedState(NamedTuple):
     count: jax.Array  # int32 [], steps so far
-    average: Any  # like the parameters
+    average: Any  # like the parameters, float32 or wider
 
 
 def averaged(decay: float) -> optax.GradientTransformation:
@@ -22,9 +22,13 @@ def averaged(decay: float) -> optax.GradientTransformation:
     Args:
       decay: the share of itself that the mean keeps in a step, in (0, 1).
     """
+    if not 0 < decay < 1:
+        raise ValueError(f"`averaged`: `decay` must lie in (0, 1), got {decay}.")
 
     def init_fn(params: Any) -> AveragedState:
-        return AveragedState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.array, params))
+        # In half precision a mean with a small step would stand still.
+        wide = lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32))  # noqa: E731
+        return AveragedState(jnp.zeros([], jnp.int32), jax.tree.map(wide, params))
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, AveragedState]:
         if params is None:
@@ -39,4 +43,7 @@ def averaged(decay: float) -> optax.GradientTransformation:
 
 def averages(opt_state: Any, params: Any) -> Any:
     """The mean that an optimizer's state holds; `params` where it holds none."""
-    return optax.tree.get(opt_state, "average", default=params)
+    found = optax.tree.get(opt_state, "average")
+    if found is None:
+        return params
+    return jax.tree.map(lambda mean, p: mean.astype(p.dtype), found, params)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.layers import check_sizes
 from models.packing import Packed, pack
 
 Windows = Literal["last", "prefixes", "whole", "items", "users"]
@@ -46,7 +47,7 @@ class Batch(NamedTuple):
     stream: Packed
     inputs: jax.Array  # int32 [T]
     targets: jax.Array  # int32 [T]
-    negatives: jax.Array  # int32 [T, n]
+    negatives: jax.Array  # int32 [T, n]; where all slots share them, [n]
     weights: jax.Array  # float32 [T], 1 where the target counts
 
 
@@ -73,6 +74,7 @@ def training_data(
         targets (BERT4Rec hides some of them), and `"users"` one place for each user, to draw
         positives for (MF-BPR).
     """
+    check_sizes(num_items=num_items, max_length=max_length)
     values, splits = train
     num_inputs = np.maximum(np.diff(splits) - 1, 0)
     begin, end = splits[:-1], splits[:-1] + num_inputs

@@ -81,8 +81,8 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
         config.schedule == "cosine" or config.placement == "switch" for config in every
     ):
         raise ValueError(
-            "`epochs` changes nothing in `cost` without the `schedule` cosine or the `placement` "
-            "switch; leave it out."
+            "`epochs` changes nothing in `cost` without the `schedule` cosine or the "
+            "`placement` switch; leave it out."
         )
     findings = []
     if split:

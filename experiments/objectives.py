@@ -7,15 +7,17 @@ epoch, draws a batch, gives its loss, and scores the catalogue for histories.
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
 
 from experiments import batching
 from experiments.batching import Batch, TrainData
+from experiments.config import Loss
 from experiments.ranking import Histories
 from models import BERT4Rec, losses
+from models.layers import check_sizes
 from models.packing import Packed
 from models.scoring import SequenceModel
 
@@ -81,6 +83,17 @@ class NextItem:
     pvn_weight: float = 0.0
     workers: int = 1
     num_queries = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Loss):
+            raise ValueError(f"`kind` must be one of {get_args(Loss)}, got {self.kind!r}.")
+        if self.pvn_weight and self.kind not in losses.LOSSES:
+            raise ValueError(
+                f"`pvn_weight` is for {' and '.join(losses.LOSSES)}, got it for {self.kind!r}."
+            )
+        check_sizes(
+            num_items=self.num_items, num_negatives=self.num_negatives, workers=self.workers
+        )
 
     @property
     def draws_for_each(self) -> bool:
@@ -207,6 +220,11 @@ class MaskedItem:
     workers: int = 1
     num_queries = 1
     MASK = 1  # its table row
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_prob <= 1:
+            raise ValueError(f"`mask_prob` must be in (0, 1], got {self.mask_prob}.")
+        check_sizes(workers=self.workers)
 
     def check(self, data: TrainData) -> None:
         del data  # it draws no negatives

@@ -12,6 +12,7 @@ from experiments.backbones import BACKBONES
 from experiments.options import Recommend
 from experiments.ranking import Histories
 from experiments.run import load_run
+from models.layers import check_sizes
 
 
 def top_items(
@@ -25,10 +26,11 @@ def top_items(
       top: how many items, at most all that are not in the history.
       seed: one of the run's seeds; the first by default.
     """
-    if not history:
+    if isinstance(history, str):
+        raise TypeError(f"`history` must be a sequence of ids, got the string {history!r}.")
+    if len(history) == 0:
         raise ValueError("`history` must hold at least one item.")
-    if top < 1:
-        raise ValueError(f"`top` must be at least 1, got {top}.")
+    check_sizes(top=top)
     module, item_ids, config = load_run(folder, seed)
     if config.windows == "users":
         raise ValueError(f"`folder` {folder} holds {config.model}, which knows no sequences.")

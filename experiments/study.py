@@ -59,12 +59,12 @@ def run(options: Ablate, console: Console) -> list[Finding]:
         raise ValueError(f"`out` {out} holds a study; choose another folder.")
     check_free([out])
     began = time.perf_counter()
-    # After an error nothing is left. It lies beside `out`, so that a place that takes no files
-    # is found out before the work and not after it.
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+    # After an error nothing is left. It lies where `out` will be made, so that a place that
+    # takes no files is found out before the work and not after it.
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    with tempfile.TemporaryDirectory(prefix=".study-", dir=above) as folder:
         findings: list[Finding] = module.study(options, Path(folder), console)
-        out.mkdir(exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         for picture in Path(folder).iterdir():
             shutil.move(picture, out / picture.name)
     seconds = time.perf_counter() - began

@@ -100,6 +100,8 @@ def dkd(
     """
 
     def divergence(scores: jax.Array, soft: jax.Array, targets: jax.Array) -> jax.Array:
+        if scores.shape[1] < 2:
+            raise ValueError("`dkd` needs two items or more, beside a target another one.")
         hit = targets[:, None] == jnp.arange(scores.shape[1])
         sides = []
         for side in (soft, scores):
@@ -183,6 +185,12 @@ def rkd(
     """
     if len(student[1]) < 2:
         raise ValueError(f"`rkd` takes two items of a slot or more, got {len(student[1])}.")
+    if student[1].shape[:2] != teacher[1].shape[:2] or len(student[0]) != len(teacher[0]):
+        raise ValueError(
+            "`rkd` takes as many slots and items of the teacher as of the student, but got "
+            f"states {teacher[0].shape} and items {teacher[1].shape} beside "
+            f"{student[0].shape} and {student[1].shape}."
+        )
     (distances, angles), (wanted, wanted_angles) = (
         _relations(*side, weights) for side in (student, jax.lax.stop_gradient(teacher))
     )
@@ -297,6 +305,14 @@ def htd(
     check_positive(gumbel_temperature=gumbel_temperature)
     if not 0 <= gamma <= 1:
         raise ValueError(f"`htd`: `gamma` must lie in [0, 1], got {gamma}.")
+    for kind, *sizes in zip(
+        Entities._fields, *(map(len, side) for side in (student, teacher, used)), strict=True
+    ):
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"`htd` takes as many {kind} of the student, of the teacher and in `used`, but "
+                f"got {', '.join(map(str, sizes))}."
+            )
     # What does not count may hold anything, and 0 times NaN is NaN.
     student, teacher = (
         Entities(*(jnp.where(c[:, None], x, 0) for x, c in zip(side, used, strict=True)))

@@ -14,8 +14,11 @@ from models.packing import Packed
 
 xavier_normal = variance_scaling(1.0, "fan_avg", "normal")
 
-# A logit that the soft-max takes to 0. Finite, so that a query that sees no key stays finite.
-MASKED = -1e30
+
+def masked(dtype: jax.typing.DTypeLike) -> float:
+    """A logit that the soft-max takes to 0. Finite, so that a query that sees no key stays
+    finite."""
+    return max(-1e30, float(jnp.finfo(dtype).min))
 
 
 def uniform(bound: float) -> Initializer:
@@ -60,14 +63,22 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"`{name}` must be a positive integer, got {size!r}.")
 
 
+def _check_number(name: str, value: float) -> None:
+    scalar = isinstance(value, jax.Array) and value.ndim == 0
+    if isinstance(value, bool) or not (scalar or isinstance(value, numbers.Real)):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+
+
 def check_positive(**values: float) -> None:
     """Refuses numbers, by their names, that are not positive and finite."""
     for name, value in values.items():
+        _check_number(name, value)
         if not 0 < value < math.inf:
             raise ValueError(f"`{name}` must be positive, got {value}.")
 
 
 def check_cosine_scale(cosine_scale: float) -> None:
+    _check_number("cosine_scale", cosine_scale)
     if not 0 <= cosine_scale < math.inf:
         raise ValueError(f"`cosine_scale` must be at least 0, got {cosine_scale}.")
 
@@ -82,6 +93,7 @@ def check_heads(dim: int, num_heads: int) -> None:
 def check_rates(**rates: float) -> None:
     """Refuses rates of dropout, by their names, that are no share below one."""
     for name, rate in rates.items():
+        _check_number(name, rate)
         if not 0 <= rate < 1:
             raise ValueError(f"`{name}` must be in [0, 1), got {rate}.")
 
@@ -218,7 +230,7 @@ def attention_weights(
       rate, dropout_key: dropout on the weights.
     """
     logits = jnp.einsum("hnqd,hnkd->hnqk", window.queries(query), window.keys(key))
-    weights = jax.nn.softmax(jnp.where(window.mask, logits, MASKED), axis=-1)
+    weights = jax.nn.softmax(jnp.where(window.mask, logits, masked(logits.dtype)), axis=-1)
     return dropout(weights, rate, dropout_key)
 
 
@@ -284,7 +296,7 @@ def packed_causal_attention(
     scale = 1 / math.sqrt(head_dim)
     query, key, value = band.queries(query), band.keys(key), band.keys(value)
     logits = jnp.einsum("hnqd,hnkd->hnqk", query, key) * scale
-    logits = jnp.where(band.mask, logits, MASKED)
+    logits = jnp.where(band.mask, logits, masked(logits.dtype))
     virtual_key, virtual_value = padding or (jnp.zeros((num_heads, head_dim), query.dtype),) * 2
     num_padding = stream.num_padding(max_length) if padding else jnp.zeros_like(stream.offset)
     num_padding = band.tiles(num_padding)
@@ -292,7 +304,7 @@ def packed_causal_attention(
     # As wide as the logits: the logarithm of an int32 has single precision at most.
     wide = jnp.promote_types(virtual.dtype, jnp.float32)
     virtual += jnp.where(
-        num_padding > 0, jnp.log(jnp.maximum(num_padding, 1).astype(wide)), MASKED
+        num_padding > 0, jnp.log(jnp.maximum(num_padding, 1).astype(wide)), masked(wide)
     )
     top = jax.lax.stop_gradient(jnp.maximum(logits.max(-1), virtual))
     weights = jnp.exp(logits - top[..., None])

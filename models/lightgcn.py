@@ -1,6 +1,7 @@
 """LightGCN (He et al., SIGIR 2020): a graph network that is nothing but propagation."""
 
 import functools
+import numbers
 from typing import Any, Protocol
 
 import jax
@@ -59,8 +60,10 @@ class LightGCN(DotProduct, nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_sizes(num_items=num_items, num_users=num_users, dim=dim)
-        if num_layers < 0:
-            raise ValueError(f"`num_layers` must be at least 0, got {num_layers}.")
+        if not isinstance(num_layers, numbers.Integral) or num_layers < 0:
+            raise ValueError(
+                f"`num_layers` must be an integer of at least 0, got {num_layers!r}."
+            )
         table = functools.partial(
             nnx.Embed, features=dim, embedding_init=normal(INIT_STD), rngs=rngs
         )

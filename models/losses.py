@@ -116,7 +116,8 @@ def sampled_softmax(
         hits = _per_negative(positive, hits)
         negative = jnp.where(hits, -jnp.inf, negative)
         count = jnp.maximum(count - hits.sum(axis=1), 1)
-    correction = jnp.log((num_items - 1) / count.astype(positive.dtype))
+    wide = jnp.promote_types(positive.dtype, jnp.float32)  # the ratio may be past float16
+    correction = jnp.log((num_items - 1) / count.astype(wide)).astype(positive.dtype)
     scores = jnp.concatenate([positive[:, None], negative + correction[:, None]], axis=1)
     scores = jnp.where(weights[:, None] > 0, scores, 0)
     return weighted_mean(jax.nn.logsumexp(scores, axis=1) - positive, weights)
@@ -189,6 +190,12 @@ def mean_in_chunks(
     """
     check_sizes(chunk_size=chunk_size)
     _check_shape("weights", weights, (len(jax.tree.leaves(slots)[0]),))
+    for leaf in jax.tree.leaves((slots, fixed)):
+        if leaf.shape[:1] != weights.shape:
+            raise ValueError(
+                f"What belongs to slots must have {len(weights)} of them, as `weights`, but an "
+                f"array of shape {leaf.shape} has not."
+            )
     weights = weights.astype(jnp.result_type(weights, float))  # bools have no derivative
     used = weights > 0
     pieces = ((slots, jnp.where(used, weights, 0)), fixed)
@@ -303,7 +310,9 @@ def _sum_and_gradients(loss: Callable[..., jax.Array], shared: Any, chunks: Any,
 
 
 def _scale_gradients(loss: Callable[..., jax.Array], gradients: Any, cotangent: Any):
-    return *jax.tree.map(lambda gradient: gradient * cotangent, gradients), None
+    # Each in the type of what it belongs to: weights, and so losses, may be wider.
+    scale = lambda gradient: (gradient * cotangent).astype(gradient.dtype)  # noqa: E731
+    return *jax.tree.map(scale, gradients), None
 
 
 _sum_over_chunks.defvjp(_sum_and_gradients, _scale_gradients)

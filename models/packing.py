@@ -48,7 +48,16 @@ def pack(starts: ArrayLike, lengths: ArrayLike, num_slots: int) -> Packed:
         as the sum of the lengths: what does not fit is cut off, and cannot be reported from
         inside compiled code.
     """
-    starts, lengths = jnp.asarray(starts, jnp.int32), jnp.asarray(lengths, jnp.int32)
+    starts, lengths = jnp.asarray(starts), jnp.asarray(lengths)
+    if starts.shape != lengths.shape or starts.ndim != 1:
+        raise ValueError(
+            f"`starts` and `lengths` must have one shape [B], got {starts.shape} and "
+            f"{lengths.shape}."
+        )
+    for name, array in (("starts", starts), ("lengths", lengths)):
+        if len(array) and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(f"`{name}` must be integers, got {array.dtype}.")
+    starts, lengths = starts.astype(jnp.int32), lengths.astype(jnp.int32)
     ends = jnp.cumsum(lengths)
     # Slot t belongs to the first sequence that ends after it: count the ends at or before t.
     ended = jnp.zeros(num_slots, jnp.int32).at[ends].add(1, mode="drop")

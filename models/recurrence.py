@@ -61,6 +61,8 @@ def packed_gru(
     Returns:
       `[T, H]`; unused slots hold arbitrary finite values.
     """
+    dtype = jnp.result_type(weights, inputs)
+    weights, inputs = weights.astype(dtype), inputs.astype(dtype)
     num_slots, num_sequences = len(inputs), len(stream.lengths)
     if jax.default_backend() == "cpu":
         tile_rows = 32  # a small one wastes little on sequences that have just ended

@@ -40,6 +40,26 @@ def test_without_a_mean_the_parameters_are_evaluated():
     assert averages(optax.adam(1e-3).init(params), params) is params
     with pytest.raises(ValueError, match="needs `params`"):
         averaged(0.9).update(params, averaged(0.9).init(params))
+    for wrong in (-1.0, 0.0, 1.0, 2.0):
+        with pytest.raises(ValueError, match=r"`decay` must lie in \(0, 1\)"):
+            averaged(wrong)
+
+
+def test_a_mean_of_half_precision_is_wide_inside_and_scans():
+    optimizer = averaged(0.99)
+    params = jnp.ones(2, jnp.bfloat16)
+    state: Any = optimizer.init(params)
+    state = state._replace(count=jnp.int32(10_000))
+
+    def step(state, _):
+        updates, state = optimizer.update(jnp.ones(2, jnp.bfloat16), state, params)
+        return state, updates
+
+    state, _ = jax.lax.scan(step, state, length=50)
+    found = averages(state, params)
+    assert found.dtype == jnp.bfloat16
+    # From 1 towards 2, by 1 % of the rest in each step; in bfloat16 it would never move.
+    np.testing.assert_allclose(found.astype(jnp.float32), 2 - 0.99**50, rtol=0.01)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sevo_adamw"])
@@ -95,7 +115,7 @@ def test_validation_sees_the_mean():
     kept = trainer.keep_best(state, np.array([True, False])).best_params
     mean, params, before = (
         tree["item_embedding"]["embedding"]
-        for tree in (averages(state.opt_state, None), state.params, state.best_params)
+        for tree in (averages(state.opt_state, state.params), state.params, state.best_params)
     )
     np.testing.assert_array_equal(kept["item_embedding"]["embedding"][0], mean[0])
     np.testing.assert_array_equal(kept["item_embedding"]["embedding"][1], before[1])

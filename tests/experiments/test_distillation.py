@@ -10,13 +10,17 @@ import pytest
 from flax import nnx
 
 from experiments import cli, report
+from experiments.batching import training_data
 from experiments.config import Config, preset
 from experiments.dataset import leave_one_out
-from experiments.distillation import TEACHER, Distilled, distillation, teacher_graph
+from experiments.distillation import TEACHER, Distilled, distillation, distilled, teacher_graph
+from experiments.objectives import NextItem
 from experiments.published import published_arm
 from experiments.run import load_run, make_trainer
 from experiments.synthetic import synthetic
 from models import SASRec
+from models import distillation as losses
+from models.distillation import Entities, Groups, Scored
 from tests.helpers import dense
 
 BEAUTY = {"name": "amazon_beauty", "items": 12_101, "train": 153_776}
@@ -96,6 +100,53 @@ def test_some_slots_stand_for_all():
         if share < 1:
             counts = np.bincount(drawn.ravel(), minlength=8)
             assert not counts[[1, 4]].any() and counts[weights > 0].min() > 150
+
+
+@pytest.mark.parametrize("distil", ["kd", "dkd", "rkd", "htd"])
+def test_the_term_of_each_kind_in_the_loss(distil: Any):
+    """Weighted, of a teacher without dropout, and for htd of each item once."""
+    num_items, weight = 9, 2.5
+    student: Any = SASRec(num_items, dim=4, num_blocks=1, dropout_rate=0.0, rngs=nnx.Rngs(0))
+    teacher = SASRec(num_items, dim=6, num_blocks=1, dropout_rate=0.5, rngs=nnx.Rngs(1))
+    student.groups = Groups(4, 6, num_groups=2, rngs=nnx.Rngs(2))
+    train = np.array([0, 1, 2, 3, 4, 2, 1, 4, 5, 0]), np.array([0, 5, 10])
+    plain = NextItem("bce", num_items, num_negatives=2)
+    data = training_data(train, num_items, max_length=5)
+    batch = plain.sample(jax.random.key(3), data, jnp.arange(3), 16)
+    made, context = distilled(plain, Config(distil=distil, distil_weight=weight), teacher)
+    key = jax.random.key(4)
+    found = made.loss(student, batch, key, context)
+
+    states, items = plain.forward(student, batch, None)
+    teachers, their_items = plain.forward(teacher, batch, None)
+    used = np.flatnonzero(batch.weights)
+    weights = jnp.ones(len(used))
+    sides: Any = [Scored(m.score_all, s[used], m.items()) for m, s in
+             ((student, states), (teacher, teachers))]  # fmt: skip
+    if distil == "kd":
+        term = losses.kd(sides[0], sides[1], weights)
+    elif distil == "dkd":
+        term = losses.dkd(sides[0], sides[1], batch.targets[used] - 1, weights)
+    elif distil == "rkd":
+        own, wanted = (states[used], items[:, used]), (teachers[used], their_items[:, used])
+        term = losses.rkd(own, wanted, weights)
+    else:
+        last = np.asarray(batch.stream.last)
+        drawn = [batch.targets[last], batch.negatives[last].ravel()]
+        once: Any = np.unique(np.concatenate(drawn))
+        assert len(once) < 3 * len(last)  # some come twice
+        rows: Any = np.zeros(3 * len(last), int)
+        rows[: len(once)] = once
+        term = losses.htd(
+            student.groups,
+            Entities(states[last], student.items(rows)),
+            Entities(teachers[last], teacher.items(rows)),
+            Entities(batch.stream.lengths > 0, jnp.asarray(rows > 0)),
+            jax.random.split(key)[1],
+        )
+    expected = plain.against(student, batch, states, items) + weight * term
+    assert term > 1e-4
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_the_teachers_graph_joins_items_alone():

@@ -197,6 +197,41 @@ def test_without_a_history_nobody_elses_ranks(make):
     assert np.abs(scores[0] - scores[1]).max() > 1e-3 < np.abs(scores[2] - scores[1]).max()
 
 
+def test_shared_negatives_are_of_the_whole_catalogue():
+    batch, _ = next_item_batch(NextItem("sampled_softmax", NUM_ITEMS, num_negatives=900))
+    counts = np.bincount(batch.negatives, minlength=NUM_ITEMS + 1)
+    assert len(counts) == NUM_ITEMS + 1 and counts[0] == 0
+    assert 60 < counts[1:].min() and counts[1:].max() < 145  # 100 each, 9.4 apart
+
+
+def test_label_smoothing_reaches_the_loss():
+    module, smooth = sasrec(), NextItem("cross_entropy", NUM_ITEMS, label_smoothing=0.2)
+    plain = NextItem("cross_entropy", NUM_ITEMS)
+    batch, used = next_item_batch(smooth)
+    states, items = plain.forward(module, batch, None)
+    scores = np.asarray(states @ module.item_embedding.embedding[...][1:].T)[used]
+    positive = scores[np.arange(len(used)), np.asarray(batch.targets)[used] - 1]
+    expected = plain.against(module, batch, states, items)
+    expected += 0.2 * (positive - scores.mean(axis=1)).mean()
+    np.testing.assert_allclose(smooth.loss(module, batch, KEY), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NextItem("bcee", 9), "`kind` must be one of .*, got 'bcee'"),
+        (lambda: NextItem("gbce", 9, pvn_weight=1.0), "`pvn_weight` is for bce and bpr, got"),
+        (lambda: NextItem("bce", 9, num_negatives=0), "`num_negatives` must be a positive"),
+        (lambda: NextItem("bce", 9, workers=0), "`workers` must be a positive integer"),
+        (lambda: MaskedItem(1.5), r"`mask_prob` must be in \(0, 1\], got 1.5"),
+        (lambda: training_data(TRAIN, NUM_ITEMS, max_length=0), "`max_length` must be a pos"),
+    ],
+)
+def test_bad_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def next_item_batch(objective):
     data = training_data(TRAIN, NUM_ITEMS, max_length=MAX_LENGTH)
     batch = objective.sample(KEY, data, jnp.arange(4), NUM_SLOTS)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -24,10 +25,11 @@ from experiments import cli, main_job, records, run
 from experiments.backbones import BACKBONES
 from experiments.config import PRESETS, Config, preset
 from experiments.dataset import Dataset, leave_one_out
+from experiments.objectives import MaskedItem
 from experiments.published import official_curve, published
 from experiments.ranking import METRICS
 from experiments.recommend import top_items
-from experiments.run import fit, make_trainer
+from experiments.run import fit, load_run, make_trainer
 from experiments.synthetic import synthetic
 
 ROOT = Path(__file__).parents[2]
@@ -320,6 +322,37 @@ def test_recommend_leaves_out_the_history(finished, split):
     assert len(everything) == split.dataset.num_items - len(set(history))
 
 
+@pytest.mark.parametrize("model", ["sasrec", "bert4rec"])
+def test_recommended_scores_are_those_of_the_padded_model(finished, split, tmp_path, model):
+    """Of the newest items, with room for the query at the end that BERT4Rec needs."""
+    _, folder = finished
+    if model == "bert4rec":
+        fixed: dict[str, Any] = {"windows": "items", "loss": "cross_entropy", "epochs": 1}
+        config = replace(TINY, model="bert4rec", num_blocks=1, num_heads=2, **fixed)
+        folder = tmp_path / "run"
+        fit(config, split, (3,), folder, source="here")
+    module, item_ids, config = load_run(folder, 3)
+    items = np.random.default_rng(0).permutation(len(item_ids))[:14]
+    query = [MaskedItem.MASK] if model == "bert4rec" else []
+    room = config.max_length - len(query)
+    row = [*(items[-room:] + module.num_special), *query]
+    states = module(jnp.array([row]))[:, -1]
+    expected = np.asarray(module.score_all(states, module.items()))[0]
+    found = top_items(folder, [str(item_ids[i]) for i in items], top=1000, seed=3)
+    others = {str(item_ids[i]): expected[i] for i in range(len(item_ids)) if i not in items}
+    assert {item for item, _ in found} == set(others)
+    for item, score in found:
+        assert score == pytest.approx(others[item], abs=1e-5)
+
+
+def test_a_history_is_no_string(finished):
+    _, folder = finished
+    with pytest.raises(TypeError, match="`history` must be a sequence of ids, got the string"):
+        top_items(folder, "11")
+    with pytest.raises(ValueError, match="`top` must be a positive integer, got 2.5"):
+        top_items(folder, np.array(["c000-0017"]), top=2.5)  # type: ignore
+
+
 def test_the_command_prints_what_is_recommended(finished, split, capsys):
     _, folder = finished
     history = [str(split.dataset.item_ids[i]) for i in split.dataset.sequence(0)]
@@ -334,7 +367,7 @@ def test_the_command_prints_what_is_recommended(finished, split, capsys):
     [
         ({"history": []}, "`history` must hold at least one item"),
         ({"history": ["c000-0017", "nothing"]}, "does not know: nothing"),
-        ({"top": 0}, "`top` must be at least 1"),
+        ({"top": 0}, "`top` must be a positive integer, got 0"),
         ({"seed": 9}, r"`seed` must be one of the run's \[3, 5\], got 9"),
     ],
 )

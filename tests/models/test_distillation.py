@@ -237,3 +237,30 @@ def test_bad_settings():
     ):
         with pytest.raises(ValueError, match=message):
             htd(groups, both, both, used, jax.random.key(0), **settings)
+
+
+def test_another_number_of_slots_or_items_is_refused():
+    weights, narrow = jnp.ones(3), Scored(dot, jnp.ones((3, 2)), jnp.ones((4, 2)))
+    short = narrow._replace(states=jnp.ones((1, 2)))
+    with pytest.raises(ValueError, match="must have 3 of them, as `weights`"):
+        kd(narrow, short, weights)
+    with pytest.raises(ValueError, match="must have 3 of them, as `weights`"):
+        dkd(narrow, narrow, jnp.ones(1, int), weights)
+    single = narrow._replace(items=jnp.ones((1, 2)))
+    with pytest.raises(ValueError, match="`dkd` needs two items or more"):
+        dkd(single, single, jnp.zeros(3, int), weights)
+    for states, items in ((jnp.ones((1, 5)), jnp.ones((2, 3, 5))), (jnp.ones((3, 5)),
+                           jnp.ones((4, 3, 5)))):  # fmt: skip
+        with pytest.raises(ValueError, match="`rkd` takes as many slots and items"):
+            rkd((jnp.ones((3, 2)), jnp.ones((2, 3, 2))), (states, items), weights)
+    student = Entities(jnp.ones((2, 3)), jnp.ones((4, 3)))
+    teacher = Entities(jnp.ones((1, 5)), jnp.ones((4, 5)))
+    used = Entities(jnp.ones(2, bool), jnp.ones(4, bool))
+    with pytest.raises(ValueError, match="`htd` takes as many users .* but got 2, 1, 2"):
+        htd(
+            Groups(3, 5, num_groups=2, rngs=nnx.Rngs(0)),
+            student,
+            teacher,
+            used,
+            jax.random.key(0),
+        )

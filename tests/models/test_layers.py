@@ -22,8 +22,10 @@ from models import (
     bert4rec,
     bsarec,
     encoder,
+    gru4rec,
     layers,
     sasrec,
+    stosa,
 )
 from models.layers import (
     _binomial_cdf,
@@ -358,12 +360,46 @@ def test_bad_sizes(name, value, message):
     assert tried
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dropout_rate", "0.3", "`dropout_rate` must be a number, got '0.3'"),
+        ("attention_dropout_rate", [0.1], r"must be a number, got \[0.1\]"),
+        ("cosine_scale", None, "`cosine_scale` must be a number, got None"),
+        ("cosine_scale", True, "`cosine_scale` must be a number, got True"),
+    ],
+)
+def test_what_is_no_number(name, value, message):
+    model: Any = STOSA if name == "attention_dropout_rate" else SASRec
+    with pytest.raises(TypeError, match=message):
+        model(9, **{name: value}, rngs=nnx.Rngs(0))
+
+
+def test_lightgcn_takes_a_whole_number_of_layers():
+    wrong: Any
+    for wrong in (1.5, -1, "3"):
+        with pytest.raises(ValueError, match="`num_layers` must be an integer of at least 0"):
+            LightGCN(9, 5, num_layers=wrong, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_padding_stays_finite_in_half_precision(dtype):
+    model = BERT4Rec(9, dim=4, max_length=3, num_heads=2, num_blocks=1, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    narrow = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), state))
+    states = narrow(jnp.array([[0, 0, 0], [0, 3, 4]]))
+    assert np.isfinite(np.asarray(jax.tree.leaves(states)[0], np.float32)).all()
+
+
 # By the model: the inputs' dropout, then for each block that of attention's weights and those
-# of the layers' outputs, which have the width 4 here, and 16 inside of BERT4Rec's.
+# of the layers' outputs, which have the width 4 here, and 16 inside of BERT4Rec's. STOSA has
+# two inputs; by the published mistake its covariances go through a block's layers alone.
 PLACES = {
     SASRec: [(4, 0.3), (3, 0.3), (4, 0.3), (4, 0.3)],
     BERT4Rec: [(4, 0.3), (3, 0.3), (4, 0.3), (16, 0.3), (4, 0.3)],
     BSARec: [(4, 0.3), (4, 0.3), (3, 0.1), (4, 0.3), (4, 0.3)],
+    STOSA: [(4, 0.3), (4, 0.3), (3, 0.1), (4, 0.3), (4, 0.3)],
+    GRU4Rec: [(4, 0.3)],
 }
 
 
@@ -376,7 +412,7 @@ def test_where_dropout_is(model: Any, monkeypatch):
         found.append((x.shape[-1], rate))
         return x
 
-    for module in (layers, encoder, sasrec, bert4rec, bsarec):
+    for module in (layers, encoder, sasrec, bert4rec, bsarec, stosa, gru4rec):
         monkeypatch.setattr(module, "dropout", recorded)
     settings: dict[str, Any] = {
         "dropout_rate": 0.3,
@@ -385,8 +421,10 @@ def test_where_dropout_is(model: Any, monkeypatch):
         "max_length": 3,
         "dim": 4,
     }
-    if model is BSARec:
+    if model in (BSARec, STOSA):
         settings["attention_dropout_rate"] = 0.1
-    module = model(9, **settings, rngs=nnx.Rngs(0))
+    known = inspect.signature(model.__init__).parameters
+    given = {name: settings[name] for name in settings if name in known}
+    module = model(9, **given, rngs=nnx.Rngs(0))
     module(jnp.array([[0, 1, 2]]), dropout_key=jax.random.key(0))
     assert found == PLACES[model]

@@ -16,6 +16,7 @@ from models.losses import (
     bpr,
     cross_entropy,
     gbce,
+    mean_in_chunks,
     sampled_softmax,
     weighted_mean,
 )
@@ -475,6 +476,35 @@ def test_cross_entropy_sums_the_gradient_of_a_narrow_table_in_float32():
     expected = slope(jnp.float32, 4000)
     many, one = (np.linalg.norm(slope(jnp.bfloat16, n) - expected) for n in (32, 4000))
     assert many < 2 * one
+
+
+def test_gradients_of_a_narrow_table_under_wide_weights_keep_its_type():
+    """A table that is used twice, as the docstring asks for, sums its two gradients."""
+
+    def loss(states, items):
+        positive = (states * items[:4]).sum(axis=1)
+        return cross_entropy(dot, states, items, positive, jnp.ones(4), chunk_size=3)
+
+    wide = [jnp.asarray(np.random.default_rng(0).normal(size=(n, 8))) for n in (4, 6)]
+    for dtype in (jnp.bfloat16, jnp.float16):
+        narrow = [x.astype(dtype) for x in wide]
+        for found, exact in zip(
+            jax.grad(loss, (0, 1))(*narrow), jax.grad(loss, (0, 1))(*wide), strict=True
+        ):
+            assert found.dtype == dtype
+            np.testing.assert_allclose(found.astype(jnp.float32), exact, atol=0.02)
+
+
+def test_sampled_softmax_in_float16_of_a_large_catalogue():
+    scores = jnp.zeros((2, 3), jnp.float16), jnp.ones(2, jnp.float16)
+    value = sampled_softmax(scores[0][:, 0], scores[0], scores[1], num_items=100_000)
+    np.testing.assert_allclose(value, np.log(100_000), rtol=2e-3)
+
+
+def test_cross_entropy_refuses_what_belongs_to_other_slots():
+    one = jnp.ones((3, 1))
+    with pytest.raises(ValueError, match=r"must have 3 of them, as `weights`, .* \(1, 1\)"):
+        mean_in_chunks(lambda *_: jnp.ones(3), one, one, one[:1], jnp.ones(3), chunk_size=3)
 
 
 @pytest.mark.parametrize("label_smoothing", [-0.1, 1.0])

@@ -3,6 +3,7 @@
 import hypothesis.strategies as st
 import jax
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 
 from models.packing import pack
@@ -61,6 +62,23 @@ def test_what_does_not_fit_is_cut_at_the_end():
     stream = jax.jit(pack, static_argnums=2)([10, 20, 30], [2, 3, 4], 4)
     np.testing.assert_array_equal(stream.index, [10, 11, 20, 21])
     np.testing.assert_array_equal(stream.segment, [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths", "error", "message"),
+    [
+        ([0, 1, 2], [1, 2], ValueError, r"one shape \[B\], got \(3,\) and \(2,\)"),
+        ([[0]], [[1]], ValueError, r"one shape \[B\], got \(1, 1\)"),
+        ([0], [1.7], TypeError, "`lengths` must be integers, got float32"),
+    ],
+)
+def test_bad_input(starts, lengths, error, message):
+    with pytest.raises(error, match=message):
+        pack(np.array(starts), np.array(lengths), 5)
+
+
+def test_no_sequences():
+    assert not pack(np.zeros(0), np.zeros(0), 3).used.any()
 
 
 def test_all_fields_are_int32():
