@@ -37,7 +37,7 @@ def mesh() -> Mesh:
 def batch_of(rng: np.random.Generator) -> Batch:
     """Eight streams of two sequences each, and a stream of different weight for every one."""
     lengths = rng.integers(0, 7, (8, 2))
-    stream = jax.vmap(lambda n: pack(jnp.zeros(2), n, SLOTS))(jnp.asarray(lengths))
+    stream = jax.vmap(lambda n: pack(jnp.zeros(2, int), n, SLOTS))(jnp.asarray(lengths))
     used = np.asarray(jax.vmap(lambda s: s.used)(stream))
     rows = rng.integers(1, 39, (8, SLOTS, 4)) * used[..., None]
     inputs, targets = jnp.asarray(rows[..., 0]), jnp.asarray(rows[..., 1])
