@@ -8,7 +8,7 @@ import optax
 
 from sevo_jax.adjacency import Graph, normalized_adjacency
 from sevo_jax.layouts import Adjacency
-from sevo_jax.smoothing import Isolated, Method, check_share
+from sevo_jax.smoothing import Isolated, Method, check_decays
 from sevo_jax.tables import Tables, is_stack, table_mask
 from sevo_jax.transforms import scale_by_corrected_adam, sevo
 
@@ -99,7 +99,7 @@ def sevo_adamw(
     """
     # First of all: swapped with the rate, it is refused by its name.
     adjacency = normalized_adjacency(graph)
-    _check_decays("sevo_adamw", b1=b1, b2=b2)
+    check_decays("sevo_adamw", b1=b1, b2=b2)
     moments = scale_by_corrected_adam if correct_moments else optax.scale_by_adam
     adam: Any = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
     rate = optax.scale_by_learning_rate(learning_rate)
@@ -192,7 +192,7 @@ def sevo_adam(
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
     """
     adjacency = normalized_adjacency(graph)
-    _check_decays("sevo_adam", b1=b1, b2=b2)
+    check_decays("sevo_adam", b1=b1, b2=b2)
     step = optax.chain(
         _l2(weight_decay),
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root),
@@ -279,7 +279,7 @@ def sevo_sgd(
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
     """
     adjacency = normalized_adjacency(graph)
-    _check_decays("sevo_sgd", momentum=momentum)
+    check_decays("sevo_sgd", momentum=momentum)
     step = optax.chain(
         _l2(weight_decay),
         optax.trace(decay=momentum, nesterov=nesterov),
@@ -317,12 +317,6 @@ def _smoothed_steps(
     left = tables if is_stack(tables) else lambda params: jax.tree.map(lambda _: True, params)
     smoothed = optax.chain(step, sevo(adjacency, tables=left, **smoothing))
     return by_table(smoothed, plain, adjacency, tables)
-
-
-def _check_decays(function: str, **decays: Any) -> None:
-    """Refuse those outside of [0, 1), where Optax goes on to NaN or diverges."""
-    for name, decay in decays.items():
-        check_share(function, name, decay, "a number or an array")
 
 
 def _negative_product(

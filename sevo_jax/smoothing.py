@@ -225,6 +225,12 @@ def check_smoothing(
         check_share(function, "beta", beta, "a number, an array or a schedule")
 
 
+def check_decays(function: str, **decays: Any) -> None:
+    """Refuse those outside of [0, 1), where Optax goes on to NaN or diverges."""
+    for name, decay in decays.items():
+        check_share(function, name, decay, "a number or an array")
+
+
 def check_share(function: str, name: str, value: Any, kinds: str) -> None:
     """Refuse what is no number in [0, 1) nor an array of such; a traced one is not known."""
     if isinstance(value, Tracer):

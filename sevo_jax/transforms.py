@@ -12,7 +12,14 @@ from jax.core import Tracer
 
 from sevo_jax.adjacency import Graph, normalized_adjacency
 from sevo_jax.ids import is_integer
-from sevo_jax.smoothing import Isolated, Method, check_share, check_smoothing, smooth
+from sevo_jax.smoothing import (
+    Isolated,
+    Method,
+    check_decays,
+    check_share,
+    check_smoothing,
+    smooth,
+)
 from sevo_jax.tables import Tables, leaf_paths, table_groups
 
 
@@ -376,8 +383,7 @@ def scale_by_corrected_adam(
     .. seealso:: :func:`sevo_adamw`
     """
 
-    for name, decay in (("b1", b1), ("b2", b2)):
-        check_share("scale_by_corrected_adam", name, decay, "a number or an array")
+    check_decays("scale_by_corrected_adam", b1=b1, b2=b2)
 
     def init_fn(params: optax.Params) -> ScaleByCorrectedAdamState:
         return ScaleByCorrectedAdamState(

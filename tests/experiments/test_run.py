@@ -476,6 +476,7 @@ def test_data_options_reach_the_loader(tmp_path, split):
         ("ablate smoothness --schedule cosine", "`smoothness` knows no `schedule`"),
         ("ablate smoothness --arms a", "`smoothness` has no `arms`, got ('a',)"),
         ("ablate smoothness --momentum 0.3", "`momentum` changes nothing"),
+        ("ablate embeddings --eval-every 3", "`eval_every` changes nothing in `embeddings`"),
         ("ablate embeddings --arms a", "`embeddings` has no `arms`, got ('a',)"),
         ("ablate users --model mf", "`train_users` of mf must be 1, got 0.1"),
         ("train --optimizers adamw --residual-decay 0.9", "`residual_decay` changes nothing"),
