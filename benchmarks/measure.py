@@ -105,12 +105,18 @@ def copy_bandwidth(megabytes: int = 512) -> float:
     return 2 * source.nbytes / fastest / 1e9
 
 
-def cpu_name() -> str:
-    """Of the processor, as the system tells it."""
-    info = Path("/proc/cpuinfo")
+def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
+    """Of the processor, as the system tells it in the file `info`.
+
+    With its family and model: a virtual machine's `AMD EPYC` may be one of several.
+    """
     lines = info.read_text().splitlines() if info.exists() else []
-    named = (s.partition(":")[2].strip() for s in lines if s.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    pairs = (line.partition(":") for line in reversed(lines))  # the first core's come last
+    told = {key.strip(): value.strip() for key, _, value in pairs}
+    name = told.get("model name", platform.processor() or platform.machine())
+    if {"cpu family", "model"} <= told.keys():
+        name += f" (family {told['cpu family']}, model {told['model']})"
+    return name
 
 
 def is_cpu(record: Mapping[str, Any]) -> bool:

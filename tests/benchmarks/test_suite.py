@@ -104,6 +104,15 @@ def test_a_record_replaces_that_of_its_size(tmp_path, monkeypatch):
     assert [r["value"] for r in kept if r["size"] == "beauty"] == [2, 4]
 
 
+def test_processors_of_one_name_are_told_apart(tmp_path):
+    info = tmp_path / "cpuinfo"
+    core = "cpu family\t: 23\nmodel\t\t: {}\nmodel name\t: AMD EPYC\nflags\t: a: b\n\n"
+    info.write_text(core.format(49) + core.format(50))  # the first core's
+    assert measure.cpu_name(info) == "AMD EPYC (family 23, model 49)"
+    info.write_text("processor\t: 0\nBogoMIPS\t: 2\n")  # as on Arm
+    assert measure.cpu_name(info) == measure.cpu_name(tmp_path / "none") != ""
+
+
 def test_which_sizes_run():
     everything = cli.Options("all", sizes=("beauty", "10M"))
     assert cli.sizes_of("psi", everything) == ["beauty"]

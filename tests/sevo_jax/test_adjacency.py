@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import platform
 import shutil
 from typing import Any
 
@@ -16,6 +17,7 @@ from sevo_jax import layouts, native, padded
 from sevo_jax.adjacency import LAYOUTS
 from sevo_jax.compile import compile_library, find_compiler
 from tests.helpers import dense, random_graph, reference_normalized
+from tests.processes import output, start
 
 HAS_COMPILER = find_compiler() is not None
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")
@@ -370,6 +372,17 @@ def test_auto_takes_compiled_rows_on_cpu_if_built(library, monkeypatch, tmp_path
     adjacency = sevo_jax.normalized_adjacency(random_graph(), layout="compiled")
     with pytest.raises(RuntimeError, match="Run `python -m sevo_jax.compile`"):
         sevo_jax.smooth(adjacency, jnp.ones((20, 2)))
+
+
+@pytest.mark.cpu
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are those of x86-64")
+@pytest.mark.parametrize("option", ["-mno-avx512f", "-mno-avx"])
+def test_the_compiled_layout_with_shorter_registers(option):
+    """As on processors that have no longer ones; in a process, which takes one library."""
+    tests = ("-m", "pytest", __file__, "-q", "-k", "compiled_rows or half_precision")
+    process = start(*tests, devices=1, CXX=f"{find_compiler()} {option}")
+    assert " passed" in output(process, timeout=120)
 
 
 @needs_compiler
