@@ -1,6 +1,6 @@
 """Checks of what the graph builders are given, each named after the builder it serves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -29,6 +29,10 @@ def ragged(
                 "instead of a tuple if these are two sequences."
             )
     else:
+        if not isinstance(rows, Iterable):
+            raise TypeError(
+                f"`{function}` takes rows of integers in `{name}`, but got {rows!r}."
+            )
         parts = [_row(function, name, i, row) for i, row in enumerate(rows)]
         values = np.concatenate([row for row in parts if len(row)] or [np.zeros(0, np.int32)])
         splits = np.cumsum([0, *map(len, parts)])

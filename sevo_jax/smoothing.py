@@ -77,7 +77,7 @@ def smooth(
         raise TypeError(f"`smooth` takes `beta` as a number or an array, but got {beta!r}.")
     check_smoothing("smooth", beta, num_layers, method, isolated, rescale)
     adjacency = jax.lax.stop_gradient(normalized_adjacency(adjacency))
-    x = jnp.asarray(x)
+    x = _table("smooth", x)
     wide = _widen("smooth", adjacency, x)
     if jnp.ndim(beta) and jnp.shape(beta) != x.shape[1:]:
         raise ValueError(
@@ -180,9 +180,18 @@ def smoothness(graph: Graph, x: jax.typing.ArrayLike) -> jax.Array:
       0.032
     """
     adjacency = jax.lax.stop_gradient(normalized_adjacency(graph))
-    wide = _widen("smoothness", adjacency, jnp.asarray(x))
+    wide = _widen("smoothness", adjacency, _table("smoothness", x))
     laplacian = jnp.array([1, -1], wide.dtype).reshape(2, 1, 1)
     return jnp.sum(wide * adjacency.polynomial(laplacian, wide))
+
+
+def _table(function: str, x: Any) -> jax.Array:
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"`{function}` takes a table of floats in `x`, but got {x!r}."
+        ) from None
 
 
 def _widen(function: str, adjacency: Adjacency, x: jax.Array) -> jax.Array:

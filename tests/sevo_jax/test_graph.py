@@ -300,6 +300,8 @@ def test_ten_million_interactions():
             "unknown `weighting` 'cosine', valid are .*'inverse_distance', 'count'",
         ),
         (lambda: sevo_jax.item_graph([[0]], 3, keep="all"), ValueError, "unknown `keep` 'all'"),
+        (lambda: sevo_jax.item_graph(None, 3), TypeError, "integers in `sequences`, .* None"),
+        (lambda: sevo_jax.attribute_graph(5), TypeError, "rows of integers in .*, but got 5"),
         (lambda: sevo_jax.edge_graph([0], [2], 2), ValueError, "`receivers`, .* largest is 2"),
         (lambda: sevo_jax.edge_graph([0.5], [1], 2), TypeError, "integer ids in `senders`"),
         (lambda: sevo_jax.edge_graph([0], [1], "2"), ValueError, "`num_nodes` must .* got '2'"),

@@ -206,6 +206,8 @@ def random_graph_adjacency():
         ({"x": jnp.ones((19, 2))}, ValueError, r"\[num_nodes=20, d\], but got \(19, 2\)"),
         ({"x": jnp.ones(20)}, ValueError, r"but got \(20,\)"),
         ({"x": jnp.ones((20, 2), int)}, TypeError, "table of floats, but `x` is int32"),
+        ({"x": None}, TypeError, "`smooth` takes a table of floats in `x`, but got None"),
+        ({"x": "a table"}, TypeError, "a table of floats in `x`, but got 'a table'"),
     ],
 )
 def test_bad_input(kwargs, error, message):
