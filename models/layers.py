@@ -11,6 +11,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer, variance_scaling
 
 from models.packing import Packed
+from models.random_bits import random_halves
 
 xavier_normal = variance_scaling(1.0, "fan_avg", "normal")
 
@@ -35,15 +36,13 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes entries of `x` with probability `rate` and scales the others by 1/(1 - rate).
 
     Without a `key`, or with rate 0, `x` passes unchanged (evaluation). The rate is rounded to
-    a multiple of 2^-16: one 32-bit random word decides two entries, which halves the cost of
-    dropout on a CPU.
+    a multiple of 2^-16, since 16 random bits decide an entry.
     """
     keep = max(1, round((1 - rate) * 2**16))
     if key is None or keep == 2**16:
         return x
-    words = jax.random.bits(key, ((x.size + 1) // 2,), jnp.uint32)
-    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: x.size]
-    return jnp.where(halves.reshape(x.shape) < keep, x * (2**16 / keep), 0)
+    halves = random_halves(key, x.size).reshape(x.shape)
+    return jnp.where(halves < keep, x * (2**16 / keep), 0)
 
 
 def split_key(key: jax.Array | None, num: int) -> list[jax.Array | None]:
