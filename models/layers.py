@@ -11,7 +11,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer, variance_scaling
 
 from models.packing import Packed
-from models.random_bits import random_halves
+from models.random_bits import random_mask
 
 xavier_normal = variance_scaling(1.0, "fan_avg", "normal")
 
@@ -41,8 +41,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     keep = max(1, round((1 - rate) * 2**16))
     if key is None or keep == 2**16:
         return x
-    halves = random_halves(key, x.size).reshape(x.shape)
-    return jnp.where(halves < keep, x * (2**16 / keep), 0)
+    return jnp.where(random_mask(key, x.shape, keep), x * (2**16 / keep), 0)
 
 
 def split_key(key: jax.Array | None, num: int) -> list[jax.Array | None]:
