@@ -25,7 +25,9 @@ def random_mask(key: jax.Array, shape: tuple[int, ...], keep: int) -> jax.Array:
     num_blocks = -(-size // 4096) * 1024
     if str(jax.random.key_impl(key)) == "threefry2x32":
         count = jax.lax.iota(jnp.uint32, num_blocks)
-        words = jnp.concatenate(threefry(jax.random.key_data(key), count))
+        blocks = threefry(jax.random.key_data(key), count)
+        # Without the barrier a GPU's compiler repeats rounds in what uses the mask.
+        words = jnp.concatenate(jax.lax.optimization_barrier(blocks))
     else:
         words = jax.random.bits(key, (2 * num_blocks,), jnp.uint32)
     mask = jnp.concatenate([(words & 0xFFFF) < keep, (words >> 16) < keep])
