@@ -21,7 +21,7 @@ def random_mask(key: jax.Array, shape: tuple[int, ...], keep: int) -> jax.Array:
       keep: an integer in [0, 2^16).
     """
     size = math.prod(shape)
-    # A block of an odd number of them takes XLA's CPU backend eight times as long.
+    # Of an odd number, each takes XLA's CPU backend eight times as long.
     num_blocks = -(-size // 4096) * 1024
     if str(jax.random.key_impl(key)) == "threefry2x32":
         count = jax.lax.iota(jnp.uint32, num_blocks)

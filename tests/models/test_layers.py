@@ -66,7 +66,7 @@ def test_dropout_entries_are_independent():
     their neighbours may agree."""
     out = np.asarray(dropout(jnp.ones(40_960), 0.5, KEY)) > 0
     for lag in (1, 2, 3, 10_240, 20_480, 30_720):
-        for phase in (0, 1):  # within a word, and across words
+        for phase in (0, 1):  # pairs that begin at even and at odd places
             same = out[phase:-lag:2] == out[phase + lag :: 2][: len(out[phase:-lag:2])]
             assert stats.binomtest(int(same.sum()), len(same), 0.5).pvalue > 1e-3
 
