@@ -13,8 +13,11 @@ from experiments.study import STUDIES
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("README.md", "sevo_jax/README.md", "experiments/README.md")
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
-EXAMPLES = re.findall(r"```python\n(.*?)```", "".join(PAGES.values()), flags=re.DOTALL)
+RESULTS = ("RESULTS.md", "results/NOTES.md")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES + RESULTS}
+EXAMPLES = re.findall(
+    r"```python\n(.*?)```", "".join(PAGES[name] for name in NAMES), flags=re.DOTALL
+)
 
 
 def test_there_is_an_example_for_every_style():
@@ -36,17 +39,19 @@ def test_neighbours_move_in_the_plain_example(capsys):
     assert rows[1] == min(rows)  # the item itself moves most
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name):
     folder = (ROOT / name).parent
     for target in re.findall(r"\]\(([^)]+)\)", PAGES[name]):
         path, _, anchor = target.partition("#")
         if "://" in path:
             continue
-        assert (folder / path).exists(), target
+        page = folder / path if path else ROOT / name
+        assert page.exists(), target
         if anchor:
-            heads = re.findall(r"^#+ (.*)", (folder / path).read_text("utf-8"), re.M)
-            assert anchor in [head.lower().replace(" ", "-") for head in heads]
+            heads = re.findall(r"^#+ (.*)", page.read_text("utf-8"), re.M)
+            anchors = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert anchor in anchors, target
 
 
 def test_the_guide_names_every_way_to_make_a_graph():
