@@ -15,7 +15,7 @@ from models.layers import (
     xavier_normal,
 )
 from models.packing import Packed
-from models.recurrence import gru_cell, packed_gru
+from models.recurrence import packed_gru, scan_gru
 from models.scoring import DotProduct
 
 
@@ -101,7 +101,8 @@ class GRU4Rec(DotProduct, nnx.Module):
         embedded = jnp.where((items > 0)[..., None], self.item_embedding(items), 0)
         embedded = dropout(embedded, self.dropout_rate, dropout_key)
         gates = jnp.swapaxes(self.input_gates(embedded), 0, 1)
-        return self.dense(jnp.swapaxes(self._scan(gates), 0, 1))
+        states = scan_gru(self.hidden_gates.kernel[...], gates)
+        return self.dense(jnp.swapaxes(states, 0, 1))
 
     def packed(
         self, embedded: jax.Array, stream: Packed, *, dropout_key: jax.Array | None = None
@@ -119,13 +120,3 @@ class GRU4Rec(DotProduct, nnx.Module):
         embedded = dropout(embedded, self.dropout_rate, dropout_key)
         gates, weights = self.input_gates(embedded), self.hidden_gates.kernel[...]
         return self.dense(packed_gru(weights, gates, stream, self.max_length))
-
-    def _scan(self, gates: jax.Array) -> jax.Array:
-        """Input gates `[S, B, 3 hidden_dim]` to hidden states `[S, B, hidden_dim]`."""
-
-        def step(hidden: jax.Array, inputs: jax.Array):
-            hidden = gru_cell(self.hidden_gates.kernel[...], hidden, inputs)
-            return hidden, hidden
-
-        start = jnp.zeros((gates.shape[1], self.hidden_dim), gates.dtype)
-        return jax.lax.scan(step, start, gates)[1]

@@ -1,9 +1,11 @@
-"""A gated recurrence over packed sequences that skips the padding.
+"""A gated recurrence over packed sequences, which on a CPU skips the padding.
 
 Run over a padded batch, a recurrence takes as many steps as the longest sequence has items, for
-every sequence; on the prefixes of Amazon Beauty five slots of six are padding. Here sequences
-are sorted by length, so that those still alive at a step are the first ones, and each step is
-cut into tiles of a few rows: a tile whose sequences have all ended is never computed.
+every sequence; on the prefixes of Amazon Beauty five slots of six are padding. On a CPU the
+sequences are sorted by length, so that those still alive at a step are the first ones, and each
+step is cut into tiles of a few rows: a tile whose sequences have all ended is never computed. A
+GPU's time goes with the number of kernels that it runs one after the other, however small they
+are: it takes the padded batch, in few kernels.
 """
 
 from typing import NamedTuple
@@ -13,7 +15,10 @@ import jax.numpy as jnp
 
 from models.packing import Packed
 
-_INSIDE = "promise_in_bounds"  # or a GPU computes for each tile whether it is there
+_INSIDE = "promise_in_bounds"  # or each tile is checked to be there
+# Steps in an iteration of an accelerator's loops, which saves the kernels that each iteration
+# has for itself. More of them take longer to compile.
+_UNROLL = 5
 
 
 class Tiles(NamedTuple):
@@ -21,7 +26,7 @@ class Tiles(NamedTuple):
 
     row: jax.Array  # int32 [T], the slot's row among K R; K R for an unused slot
     previous: jax.Array  # int32 [K], the tile of the step before; K for the first step's tiles
-    count: jax.Array | None  # int32 [], tiles in use; None for all
+    count: jax.Array  # int32 [], tiles in use
 
 
 def gru_cell(weights: jax.Array, hidden: jax.Array, inputs: jax.Array) -> jax.Array:
@@ -70,21 +75,46 @@ def packed_gru(
             num_slots // tile_rows + max_length, -(-num_sequences // tile_rows) * max_length
         )
         tiles = _tiles(stream, max_length, tile_rows, num_tiles)
+        row, shape = tiles.row, (num_tiles, tile_rows)
     else:
-        # The whole batch in each of `max_length` steps. As their number is known, the host does
-        # not wait for the device in each, nor do seeds in a batch wait for each other.
-        tile_rows, num_tiles = num_sequences, max_length
-        row = stream.offset * tile_rows + stream.segment
-        previous = (jnp.arange(num_tiles) - 1) % (num_tiles + 1)
-        tiles = Tiles(jnp.where(stream.used, row, num_tiles * tile_rows), previous, count=None)
-    num_rows = num_tiles * tile_rows
+        tiles, shape = None, (max_length, num_sequences)
+        row = stream.offset * num_sequences + stream.segment
+        row = jnp.where(stream.used, row, max_length * num_sequences)
+    num_rows = shape[0] * shape[1]
     slot = (
         jnp.zeros(num_rows, jnp.int32)
-        .at[tiles.row]
+        .at[row]
         .set(jnp.arange(num_slots, dtype=jnp.int32), mode="drop")
     )
-    states = _recurrence(weights, inputs[slot].reshape(num_tiles, tile_rows, -1), tiles)
-    return states.reshape(num_rows, -1)[jnp.minimum(tiles.row, num_rows - 1)]
+    placed = inputs[slot].reshape(*shape, -1)
+    if tiles is None:
+        states = _padded(weights, placed)
+    else:
+        states = _tiled(weights, placed, tiles)
+    return states.reshape(num_rows, -1)[jnp.minimum(row, num_rows - 1)]
+
+
+def scan_gru(weights: jax.Array, inputs: jax.Array) -> jax.Array:
+    """The hidden states of B sequences of S steps, each from zero.
+
+    Args:
+      weights: `[H, 3 H]`, see `gru_cell`.
+      inputs: `[S, B, 3 H]`, what each step's input gives to the gates.
+
+    Returns:
+      `[S, B, H]`.
+    """
+
+    def step(hidden: jax.Array, inputs: jax.Array):
+        hidden = gru_cell(weights, hidden, inputs)
+        return hidden, hidden
+
+    start = jnp.zeros((inputs.shape[1], len(weights)), inputs.dtype)
+    return jax.lax.scan(step, start, inputs, unroll=_unroll())[1]
+
+
+def _unroll() -> int:
+    return 1 if jax.default_backend() == "cpu" else _UNROLL
 
 
 def _tiles(stream: Packed, max_length: int, tile_rows: int, num_tiles: int) -> Tiles:
@@ -110,7 +140,7 @@ def _tiles(stream: Packed, max_length: int, tile_rows: int, num_tiles: int) -> T
 
 
 @jax.custom_vjp
-def _recurrence(weights: jax.Array, inputs: jax.Array, tiles: Tiles) -> jax.Array:
+def _tiled(weights: jax.Array, inputs: jax.Array, tiles: Tiles) -> jax.Array:
     """Inputs `[K, R, 3 H]` to states `[K, R, H]`, tile after tile."""
 
     def step(tile: jax.Array, states: jax.Array) -> jax.Array:
@@ -119,17 +149,16 @@ def _recurrence(weights: jax.Array, inputs: jax.Array, tiles: Tiles) -> jax.Arra
         return states.at[tile].set(new, mode=_INSIDE)
 
     num_tiles, tile_rows, _ = inputs.shape
-    count = num_tiles if tiles.count is None else tiles.count
     start = jnp.zeros((num_tiles + 1, tile_rows, weights.shape[0]), inputs.dtype)
-    return jax.lax.fori_loop(0, count, step, start)[:-1]
+    return jax.lax.fori_loop(0, tiles.count, step, start)[:-1]
 
 
-def _forward(weights: jax.Array, inputs: jax.Array, tiles: Tiles):
-    states = _recurrence(weights, inputs, tiles)
+def _tiled_forward(weights: jax.Array, inputs: jax.Array, tiles: Tiles):
+    states = _tiled(weights, inputs, tiles)
     return states, (weights, inputs, tiles, states)
 
 
-def _backward(kept: tuple, gradient: jax.Array):
+def _tiled_backward(kept: tuple, gradient: jax.Array):
     # JAX does not differentiate loops of unknown length, so the tiles are retraced by hand;
     # the gradient of a tile's state is complete once all tiles after it are done. What needs
     # no order, the gates and the weights' gradient, is one product for all tiles.
@@ -137,11 +166,10 @@ def _backward(kept: tuple, gradient: jax.Array):
     zero = jnp.zeros_like(states[:1])
     before = jnp.concatenate([states, zero])[tiles.previous]
     gates = before @ weights
-    count = len(states) if tiles.count is None else tiles.count
 
     def step(i: jax.Array, carry: tuple):
         state_grads, gate_grads, input_grads = carry
-        tile = count - 1 - i
+        tile = tiles.count - 1 - i
         _, pull_back = jax.vjp(_gated, gates[tile], before[tile], inputs[tile])
         to_gates, to_before, to_inputs = pull_back(state_grads[tile])
         to_before += to_gates @ weights.T
@@ -156,9 +184,38 @@ def _backward(kept: tuple, gradient: jax.Array):
         jnp.zeros_like(inputs),
         jnp.zeros_like(inputs),
     )
-    _, gate_grads, to_inputs = jax.lax.fori_loop(0, count, step, start)
+    _, gate_grads, to_inputs = jax.lax.fori_loop(0, tiles.count, step, start)
     to_weights = jnp.einsum("krh,krg->hg", before, gate_grads)
     return to_weights.astype(weights.dtype), to_inputs, None
 
 
-_recurrence.defvjp(_forward, _backward)
+_tiled.defvjp(_tiled_forward, _tiled_backward)
+
+
+_padded = jax.custom_vjp(scan_gru)
+
+
+def _padded_forward(weights: jax.Array, inputs: jax.Array):
+    states = scan_gru(weights, inputs)
+    return states, (weights, inputs, states)
+
+
+def _padded_backward(kept: tuple, gradient: jax.Array):
+    # As above: the loop has only what needs an order.
+    weights, inputs, states = kept
+    before = jnp.concatenate([jnp.zeros_like(states[:1]), states[:-1]])
+
+    def step(later: jax.Array, slot: tuple):
+        gates, before, inputs, gradient = slot
+        _, pull_back = jax.vjp(_gated, gates, before, inputs)
+        to_gates, to_before, to_inputs = pull_back(gradient + later)
+        return to_before + to_gates @ weights.T, (to_gates, to_inputs)
+
+    slots = before @ weights, before, inputs, gradient
+    start = jnp.zeros_like(states[0])
+    _, (to_gates, to_inputs) = jax.lax.scan(step, start, slots, reverse=True, unroll=_unroll())
+    to_weights = jnp.einsum("sbh,sbg->hg", before, to_gates)
+    return to_weights.astype(weights.dtype), to_inputs
+
+
+_padded.defvjp(_padded_forward, _padded_backward)
