@@ -6,7 +6,6 @@ writes it; `aot` compiles the training step for devices that are not there.
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -50,23 +49,22 @@ class Options:
     """Also the graph of 100 million interactions, and PyTorch's step at a million items."""
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Runs a command; bad input ends with a message and exit status 2."""
-    args = sys.argv[1:] if args is None else list(args)
-    if args[:1] == ["aot"]:
+def main() -> None:
+    """Runs the command of `sys.argv`; bad input ends with a message and exit status 2."""
+    if sys.argv[1:2] == ["aot"]:
         from benchmarks import aot
 
-        aot.main(args[1:])
+        aot.main(sys.argv[2:])
         return
-    options = tyro.cli(Options, prog="python -m benchmarks", description=__doc__, args=args)
+    options = tyro.cli(Options, prog="python -m benchmarks", description=__doc__)
     try:
-        _run(options, args)
+        _run(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _run(options: Options, args: Sequence[str]) -> None:
+def _run(options: Options) -> None:
     from benchmarks import page
 
     if options.name == "page":

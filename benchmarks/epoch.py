@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.graphs import Log, log_of
@@ -15,7 +13,7 @@ from benchmarks.step import epochs
 from experiments.config import preset
 from experiments.dataset import Split
 from experiments.ranking import collect, metrics, ranking_data
-from experiments.run import make_trainer
+from experiments.run import make_trainer, start
 
 
 def epoch(size: str, data: Path | None, repeats: int) -> dict[str, Any]:
@@ -36,7 +34,7 @@ def epoch(size: str, data: Path | None, repeats: int) -> dict[str, Any]:
 def _ranking(trainer: Any, split: Split, max_length: int) -> Callable[[], Any]:
     valid = split.evaluation("valid")
     (data,), num_slots = ranking_data([valid], max_length=max_length)
-    params = trainer.init(jax.vmap(jax.random.key)(jnp.arange(1))).params
+    params = start(trainer, [0]).params
 
     def rank() -> Any:
         return metrics(collect(trainer.rank(params, data, num_slots), len(valid.targets)))

@@ -85,14 +85,14 @@ def _finish(result: Any) -> None:
         torch.cuda.synchronize()
 
 
-def copy_bandwidth(megabytes: int = 512) -> float:
+def copy_bandwidth() -> float:
     """GB/s read and written by the fastest of five copies: on all cores, or on the device."""
     if on_accelerator():
-        table = jnp.ones(megabytes << 20)  # four times the bytes: beyond every cache
+        table = jnp.ones(512 << 20)  # 2 GiB: beyond every cache
         copy = jax.jit(lambda x: x + 1)
         taken = turns({"copy": lambda: copy(table)}, 5)
         return 2 * table.nbytes / taken["copy"]["min"] / 1e9
-    source = np.ones(megabytes << 17)
+    source = np.ones(512 << 17)
     target = np.zeros_like(source)
     cores = records.environment()["cores"]
     pairs = list(zip(np.array_split(target, cores), np.array_split(source, cores), strict=True))
@@ -163,8 +163,7 @@ def keep(folder: Path, benchmark: str, size: str, repeats: int, values: Any) -> 
 
     held = records.read(path) if path.exists() else []
     kept = [r for r in held if key(r) != key(record)]
-    lines = (json.dumps(r, sort_keys=True) + "\n" for r in [*kept, record])
-    path.write_text("".join(lines), encoding="utf-8")
+    records.replace(path, records.lines([*kept, record]))
     print(f"{benchmark} {size}: {json.dumps(values)}", flush=True)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import is_cpu, machine, size_of
+from benchmarks.measure import FOLDER, is_cpu, machine, size_of
 from experiments import records
 
 Record = dict[str, Any]
@@ -19,10 +19,22 @@ NOTHING = "not measured"
 
 
 def write(folder: Path, page: Path | None = None) -> None:
-    """Writes the page of the records in `folder`, by default `RESULTS.md` beside it."""
-    page = page or folder.parent / "RESULTS.md"
+    """Writes the page of the records in `folder`.
+
+    Args:
+      folder: holds JSON lines.
+      page: by default `RESULTS.md`, beside the folder for the project's own records, in it for
+        all others.
+
+    Raises:
+      ValueError: there are no records.
+    """
+    own = folder.resolve() == FOLDER.resolve()
+    page = page or (folder.parent if own else folder) / "RESULTS.md"
     found = [r for path in sorted(folder.glob("*.jsonl")) for r in records.read(path)]
-    page.write_text(text(found), encoding="utf-8")
+    if not found:
+        raise ValueError(f"`records` must be a folder with records, got {folder}.")
+    records.replace(page, text(found))
     print(f"{page}: made of {len(found)} records")
 
 

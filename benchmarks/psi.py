@@ -14,7 +14,7 @@ from benchmarks.graphs import Size, blocks, log_of
 from benchmarks.measure import copy_bandwidth, on_accelerator, turns
 from sevo_jax import item_graph, native, normalized_adjacency, smooth
 
-DIM, LAYERS, BETA = 64, 3, 0.99
+DIM, LAYERS = 64, 3
 MOST_EDGES = 11_000_000  # of what holds an edges x d array, and PyG an index of its size
 PADDED_EDGES = 1_000_000  # on a CPU this layout is far behind, and slow to prepare
 DENSE_EDGES = 1_000_000

@@ -17,7 +17,7 @@ from benchmarks.measure import on_accelerator, turns
 from experiments.backbones import BACKBONES, TABLE, make_optimizer
 from experiments.batching import Batch, epoch_order, sample_batch
 from experiments.config import Config, preset
-from experiments.run import make_trainer
+from experiments.run import make_trainer, start
 from experiments.training import Trainer
 from models.losses import bce
 from sevo_jax import native, normalized_adjacency
@@ -62,7 +62,7 @@ def steps(size: str, data: Path | None, repeats: int, with_torch: bool) -> dict[
 
 def epochs(trainer: Trainer) -> Callable[[], Any]:
     """A function that trains one epoch after the other."""
-    state, number = trainer.init(jax.vmap(jax.random.key)(jnp.arange(1))), 0
+    state, number = start(trainer, [0]), 0
 
     def epoch() -> Any:
         nonlocal state, number

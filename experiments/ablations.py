@@ -1,7 +1,7 @@
 """The paper's ablations, and what it left open: each a table of settings to compare.
 
 Settings that differ in traced values alone (learning rate, weight decay, beta, rescaling,
-moment correction) train in one compiled program; others form a program each.
+moment correction, residual decay) train in one compiled program; others form a program each.
 """
 
 import sys

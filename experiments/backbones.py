@@ -273,8 +273,8 @@ def _steps(
             optax.add_decayed_weights(decay), optax.sgd(rate, momentum=config.momentum)
         ),
     }
-    base = config.optimizer.removeprefix("sevo_")
-    if base == config.optimizer:
+    base = config.base
+    if not config.has_sevo:
         return plain[base]()
     if config.placement == "gradient":
         return optax.chain(sevo(graph, **psi), plain[base]())

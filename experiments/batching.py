@@ -7,16 +7,15 @@ the items that the user never trained on.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.config import Windows
 from models.layers import check_sizes
 from models.packing import Packed, pack
-
-Windows = Literal["last", "prefixes", "whole", "items", "users"]
 
 
 class TrainData(NamedTuple):

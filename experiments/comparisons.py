@@ -8,18 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import false_discovery_control
 
 from experiments.config import PRESETS, SEVO_ONLY, Config, Optimizer, known_name, preset
 from experiments.per_user import UserRanks, align, choose, combine, per_user, read_ranks
 from experiments.published import SEEDS, has_other_sizes, published
-from experiments.statistics import (
-    SeedTest,
-    UserTest,
-    benjamini_hochberg,
-    holm,
-    paired_bootstrap,
-    paired_t,
-)
+from experiments.statistics import SeedTest, UserTest, holm, paired_bootstrap, paired_t
 from experiments.tables import (
     Place,
     Records,
@@ -229,12 +223,13 @@ def _comparable(first: Run, second: Run) -> bool:
     if first.place != second.place:
         return False
     ignored = {"optimizer"}
-    if _base(first) != _base(second):
+    if first.config.base != second.config.base:
         changed = _changed_rates(first) | _changed_rates(second)
         if "weight_decay" in changed:  # the same number means another thing to the other
             return False
         ignored |= {"weight_decay"} if changed else _RATES
-    ignored |= {"placement"} if _has_sevo(first) == _has_sevo(second) else set(SEVO_ONLY)
+    alike = first.config.has_sevo == second.config.has_sevo
+    ignored |= {"placement"} if alike else set(SEVO_ONLY)
     one, other = asdict(first.config), asdict(second.config)
     return all(one[name] == other[name] for name in one.keys() - ignored)
 
@@ -257,8 +252,8 @@ def _compared(first: Run, second: Run, metric: str, samples: int) -> Comparison:
                 *(per_user(r, metric) for r in ranks), samples=samples
             )
     baseline = "other"
-    if _has_sevo(first) and not _has_sevo(second):
-        if _base(first) == _base(second):
+    if first.config.has_sevo and not second.config.has_sevo:
+        if first.config.base == second.config.base:
             baseline = "same optimizer"
         elif second.config.optimizer == "adam":
             baseline = "adam"
@@ -271,15 +266,7 @@ def _corrected(
 ) -> tuple[list[float | None], list[float | None]]:
     p = [test.p for test in tests if test]
     columns = []
-    for rule in (holm, benjamini_hochberg):
+    for rule in (holm, false_discovery_control):
         values = iter(rule(p).tolist() if p else [])
         columns.append([next(values) if test else None for test in tests])
     return columns[0], columns[1]
-
-
-def _base(run: Run) -> str:
-    return run.config.optimizer.removeprefix("sevo_")
-
-
-def _has_sevo(run: Run) -> bool:
-    return run.config.optimizer.startswith("sevo_")

@@ -14,8 +14,8 @@ Touched = Literal["gradient", "batch"]
 Graph = Literal["items", "users_items", "attributes", "teacher"]
 Loss = Literal["bce", "bpr", "gbce", "sampled_softmax", "cross_entropy"]
 Schedule = Literal["constant", "cosine"]
-Distil = Literal["none", "kd", "rkd", "htd", "dkd"]
 Windows = Literal["last", "prefixes", "whole", "items", "users"]
+Distil = Literal["none", "kd", "rkd", "htd", "dkd"]
 # What a model's objective fixes: the cut of the sequences, and the loss.
 _FIXED = {
     "bert4rec": {"windows": "items", "loss": "cross_entropy"},
@@ -129,7 +129,7 @@ class Config:
     num_negatives: int = 1  # for each target; for "sampled_softmax", for the whole batch
     label_smoothing: float = 0.0  # "cross_entropy" only
     # Scores are this times the cosine of state and item, or with 0 their dot product; for
-    # sasrec and gru4rec.
+    # sasrec, gru4rec and bsarec.
     cosine_scale: float = 0.0
     gbce_t: float = 0.75  # "gbce" only
     pvn_weight: float = 0.0  # STOSA's second term
@@ -205,20 +205,18 @@ class Config:
             raise ValueError(
                 f"`cosine_scale` is for sasrec, gru4rec and bsarec, got it for {self.model}."
             )
-        if self.placement != "update" and not self.optimizer.startswith("sevo_"):
+        if self.placement != "update" and not self.has_sevo:
             raise ValueError(
                 f'`placement` "{self.placement}" needs an optimizer with SEvo, got '
                 f"{self.optimizer!r}."
             )
-        if self.smooth_every != 1 and (
-            not self.optimizer.startswith("sevo_") or self.placement != "update"
-        ):
+        if self.smooth_every != 1 and (not self.has_sevo or self.placement != "update"):
             raise ValueError(
                 '`smooth_every` needs an optimizer with SEvo and `placement` "update", got '
                 f"{self.optimizer!r} and {self.placement!r}."
             )
         if self.residual_decay and (
-            not self.optimizer.startswith("sevo_")
+            not self.has_sevo
             or self.placement not in ("update", "both")
             or self.smooth_every > 1
             or self.average_decay
@@ -228,7 +226,7 @@ class Config:
                 f'"both", no `smooth_every` and no `average_decay`, got {self.optimizer!r}, '
                 f"{self.placement!r}, {self.smooth_every} and {self.average_decay}."
             )
-        if self.smooth_start and not self.optimizer.startswith("sevo_"):
+        if self.smooth_start and not self.has_sevo:
             raise ValueError(
                 f"`smooth_start` needs an optimizer with SEvo, got {self.optimizer!r}."
             )
@@ -257,7 +255,7 @@ class Config:
 
     def without_effect(self) -> set[str]:
         """The settings that change nothing, as others do not let them."""
-        sevo, sgd = self.optimizer.startswith("sevo_"), self.optimizer.endswith("sgd")
+        sevo, sgd = self.has_sevo, self.base == "sgd"
         ranked = self.model not in _FIXED  # by `objectives.NextItem`
         needed = dict.fromkeys(SEVO_ONLY, sevo) | {
             "switch_at": self.placement == "switch",
@@ -297,6 +295,16 @@ class Config:
             for name, value in vars(self).items()
             if value != getattr(usual, name) and name not in idle
         }
+
+    @property
+    def base(self) -> str:
+        """The optimizer without SEvo: `adamw`, `adam` or `sgd`."""
+        return self.optimizer.removeprefix("sevo_")
+
+    @property
+    def has_sevo(self) -> bool:
+        """Whether the optimizer has SEvo."""
+        return self.base != self.optimizer
 
     @property
     def has_teacher(self) -> bool:
@@ -453,7 +461,7 @@ def preset_name(model: str, dataset: str, asked: str | None = None) -> str:
 
 
 def preset(model: str, dataset: str, optimizer: str, **overrides: Any) -> Config:
-    """The settings for a model on a dataset; those of SASRec on Beauty where none is known.
+    """The settings for a model on a dataset; those of the model on Beauty where none is known.
 
     Weight decay is part of the presets for AdamW alone: as an L2 term in the gradient of Adam
     or SGD the same number means another thing, so theirs is 0 unless given. MF-BPR, which has

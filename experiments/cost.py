@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments.config import Config, Model, preset
+from experiments.config import Config, Model, preset, preset_name
 from experiments.dataset import Dataset, Split, leave_one_out
 from experiments.main_job import split_of
 from experiments.options import Ablate
 from experiments.published import TRAINING_SECONDS
 from experiments.ranking import ranking_data
-from experiments.run import make_trainer
+from experiments.run import make_trainer, start
 from experiments.study import Finding
-from experiments.training import Trainer, TrainState
+from experiments.training import Trainer
 from sevo_jax import item_graph, normalized_adjacency
 
 NEEDS_DATA = True
@@ -69,7 +68,7 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
     for arm in arms:
         model, data = "sasrec", "amazon_beauty"  # of the large sizes
         if split and arm in models:
-            model, data = arm, options.preset or split.dataset.name
+            model, data = arm, preset_name(arm, split.dataset.name, options.preset)
         # LightGCN does in the network what SEvo does in training.
         names = OPTIMIZERS if model != "lightgcn" else OPTIMIZERS[:1]
         configs[arm] = [preset(model, data, name, **options.given_to(name)) for name in names]
@@ -130,7 +129,7 @@ class _Arm:
 
     def __init__(self, trainer: Trainer, seed: int):
         self.trainer = trainer
-        self.state: TrainState = trainer.init(jax.vmap(jax.random.key)(jnp.array([seed])))
+        self.state = start(trainer, [seed])
         self.epochs = 0
 
     def epoch(self) -> Any:
@@ -209,8 +208,7 @@ def steps(
     split = leave_one_out(Dataset("generated", values[: some[-1]], some, size.num_items))
     arms = []
     for config in configs:
-        smoothed = config.optimizer.startswith("sevo_")
-        trainer = make_trainer(config, split, graph=adjacency if smoothed else None)
+        trainer = make_trainer(config, split, graph=adjacency if config.has_sevo else None)
         arms.append(_Arm(trainer, 0))
     seconds = alternate([arm.epoch for arm in arms], ROUNDS)
     num_steps = arms[0].trainer.num_steps

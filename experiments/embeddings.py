@@ -59,8 +59,8 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
     """
     dataset, split = split_of(options)
     settings = {"epochs": EPOCHS[-1]} | options.given()
-    betas = (settings.pop("beta"),) if "beta" in settings else BETAS
     config = preset(options.model, options.preset_name(dataset.name), "sevo_adamw", **settings)
+    betas = (config.beta,) if "beta" in settings else BETAS
     options.check_given([config])
     if options.eval_every is not None:
         raise ValueError("`eval_every` changes nothing in `embeddings`; leave it out.")

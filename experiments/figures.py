@@ -14,7 +14,7 @@ matplotlib.use("Agg")  # no display on a server
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.tables import Records, by_epoch
+from experiments.tables import Records, by_epoch, config_of
 
 _INK = "#010203"  # stands for the page's own text colour
 _STYLE: Any = {
@@ -55,10 +55,10 @@ def curves(
         figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
         for place, (run, records) in enumerate(runs):
             epochs, low, mean, high = _spread(records, kind, name)
-            sevo = run.startswith("sevo_")
             color = f"C{place % 10}"
             wrapped = textwrap.fill(run, 48)  # settings that a run lists may be many
-            axis.plot(epochs, mean, "-" if sevo else "--", color=color, lw=1.6, label=wrapped)
+            line = "-" if config_of(records).has_sevo else "--"
+            axis.plot(epochs, mean, line, color=color, lw=1.6, label=wrapped)
             axis.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
         if published:
             bounds = np.array(list(published.values())).T

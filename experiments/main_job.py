@@ -207,7 +207,7 @@ def results_table(results: list[Result], data: dict[str, Any]) -> Table:
         columns[label].append(" ".join(map(str, result.best_epoch)))
         if known := published(result.config, data):
             columns[f"published {label}"] = [_published(known.get(name)) for name in METRICS]
-        base = plain.get(result.config.optimizer.removeprefix("sevo_"), result)
+        base = plain.get(result.config.base, result)
         if base is not result:
             means = [(result.test[n].mean(), base.test[n].mean()) for n in METRICS]
             columns[f"gain over {base.config.label}"] = [

@@ -3,7 +3,7 @@
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -103,15 +103,15 @@ def combine(parts: Sequence[UserRanks]) -> UserRanks:
     return whole
 
 
-def target_popularity(split: Split, part: Literal["valid", "test"] = "test") -> np.ndarray:
-    """How often each target of a part is met in training, int64 `[num_targets]`; 0 is cold."""
+def target_popularity(split: Split) -> np.ndarray:
+    """How often training meets each target of the test, int64 `[num_targets]`; 0 is cold."""
     counts = np.bincount(split.train[0], minlength=split.dataset.num_items)
-    return counts[split.evaluation(part).targets]
+    return counts[split.evaluation("test").targets]
 
 
-def history_lengths(split: Split, part: Literal["valid", "test"] = "test") -> np.ndarray:
-    """Interactions before each target of a part, int64 `[num_targets]`."""
-    return np.diff(split.evaluation(part).history_splits)
+def history_lengths(split: Split) -> np.ndarray:
+    """Interactions before each target of the test, int64 `[num_targets]`."""
+    return np.diff(split.evaluation("test").history_splits)
 
 
 def bucket_starts(values: np.ndarray, num: int = 5) -> np.ndarray:

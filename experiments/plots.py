@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments import records
+from experiments.tables import by_epoch
 
 
 def plot_run(folder: str | Path) -> Path:
@@ -25,16 +26,11 @@ def plot_run(folder: str | Path) -> Path:
     found = records.read(folder / records.FILE)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axis, kind, name in zip(axes, ("epoch", "valid"), ("loss", "NDCG@10"), strict=True):
-        curves: dict[int, dict[int, float]] = {}
-        for record in found:
-            if record["kind"] == kind:
-                curves.setdefault(record["seed"], {})[record["epoch"]] = record[name]
-        for curve in curves.values():
-            axis.plot(*zip(*sorted(curve.items()), strict=True), color="tab:blue", alpha=0.3)
-        if curves:
-            epochs = sorted(set.intersection(*(set(curve) for curve in curves.values())))
-            means = [np.mean([curve[e] for curve in curves.values()]) for e in epochs]
-            axis.plot(epochs, means, color="tab:blue", label=f"mean of {len(curves)} seed(s)")
+        if curve := dict(sorted(by_epoch(found, kind, name).items())):
+            epochs, values = list(curve), np.array(list(curve.values()))  # [epochs, seeds]
+            axis.plot(epochs, values, color="tab:blue", alpha=0.3)
+            of = f"mean of {values.shape[1]} seed(s)"
+            axis.plot(epochs, values.mean(axis=1), color="tab:blue", label=of)
             axis.legend()
         axis.set_xlabel("epoch")
         axis.set_ylabel("training loss" if kind == "epoch" else f"validation {name}")

@@ -33,12 +33,16 @@ def append(path: Path, records: Iterable[dict[str, Any]]) -> int:
     """
     if jax.process_index() > 0:
         return 0
-    lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
     with path.open("a", encoding="utf-8") as file:
-        file.write(lines)
+        file.write(lines(records))
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
+
+
+def lines(records: Iterable[dict[str, Any]]) -> str:
+    """Records as JSON lines."""
+    return "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
 
 
 def replace(path: Path, text: str) -> None:

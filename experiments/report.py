@@ -155,12 +155,9 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
                 f"{target} keeps other settings or data than {first}; rename one of them."
             )
         run = [r for r in held if r["seed"] not in _seeds(run)] + run
-        temporary = target.with_suffix(".tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         short = max(r["epoch"] for r in run) <= 30
-        records.append(temporary, (_slim(r) for r in run if short or _stays(r)))
-        temporary.replace(target)
+        records.replace(target, records.lines(_slim(r) for r in run if short or _stays(r)))
 
 
 def _keep_studies(folders: Iterable[str | Path], into: Path) -> None:

@@ -136,7 +136,7 @@ def make_trainer(
     if config.graph == "teacher" and graph is None:
         graph = teacher_graph(teacher)
     whole: Any = None
-    if config.optimizer.startswith("sevo_"):
+    if config.has_sevo:
         graph = make_graph(config, split) if graph is None else graph
         if mesh is None or config.smooth_start:  # what begins smoothed is not split yet
             whole = prepare(graph)

@@ -44,8 +44,8 @@ def study(options: Ablate, out: Path, console: Console) -> list[Finding]:
     """
     dataset, split = split_of(options)
     settings = options.given()
-    betas = (settings.pop("beta"),) if "beta" in settings else BETAS
     config = preset(options.model, options.preset_name(dataset.name), "sevo_adamw", **settings)
+    betas = (config.beta,) if "beta" in settings else BETAS
     for name in ("schedule", "average_decay", "smooth_every", "residual_decay", "beta_ramp"):
         if name in settings:
             raise ValueError(f"`smoothness` knows no `{name}`; leave it out.")

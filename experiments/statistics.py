@@ -110,13 +110,6 @@ def spread(values: Iterable[float]) -> str:
     return f"{found.mean():.4f}{deviation}"
 
 
-def relative_gain(value: float, baseline: float) -> float:
-    """(value - baseline) / baseline; 0.15 is a gain of 15 %."""
-    if not baseline > 0:
-        raise ValueError(f"`baseline` must be positive, got {baseline}.")
-    return (value - baseline) / baseline
-
-
 def paired_bootstrap(
     first: np.ndarray,
     second: np.ndarray,
@@ -175,22 +168,14 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     References:
       Holm, A simple sequentially rejective multiple test procedure, 1979.
     """
-    p = _p_values(p_values)
+    p = np.asarray(p_values, np.float64)
+    if p.ndim != 1 or not np.all((p >= 0) & (p <= 1)):
+        raise ValueError(f"`p_values` must be a list of numbers from 0 to 1, got {p_values}.")
     order = np.argsort(p)
     steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    return _unsorted(np.minimum(steps, 1), order)
-
-
-def benjamini_hochberg(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """P values `[n]` adjusted so that a threshold bounds the share of false discoveries.
-
-    References:
-      Benjamini and Hochberg, Controlling the false discovery rate, 1995.
-    """
-    p = _p_values(p_values)
-    order = np.argsort(p)
-    scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
-    return _unsorted(np.minimum.accumulate(scaled[::-1])[::-1], order)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(steps, 1)
+    return adjusted
 
 
 def _differences(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -214,16 +199,3 @@ def _fraction(name: str, value: float) -> float:
     if not 0 < value < 1:
         raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
     return value
-
-
-def _p_values(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    p = np.asarray(values, np.float64)
-    if p.ndim != 1 or not np.all((p >= 0) & (p <= 1)):
-        raise ValueError(f"`p_values` must be a list of numbers from 0 to 1, got {values}.")
-    return p
-
-
-def _unsorted(values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    placed = np.empty_like(values)
-    placed[order] = values
-    return placed

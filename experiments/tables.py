@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from experiments.config import SEVO_NEEDED, Config, preset
 from experiments.published import official_curve, published, published_arm
 from experiments.ranking import METRICS
-from experiments.statistics import relative_gain, spread
+from experiments.statistics import spread
 
 Records = list[dict[str, Any]]
 SHOWN = [name for name in METRICS if not name.startswith("MRR")]
@@ -205,7 +205,7 @@ def _published(run: Records) -> dict[str, float] | None:
 
 def gain(value: float, baseline: float) -> str:
     """The relative gain in per cent; nothing over a baseline of zero."""
-    return f"{100 * relative_gain(value, baseline):+.1f} %" if baseline else ""
+    return f"{100 * (value / baseline - 1):+.1f} %" if baseline else ""
 
 
 def commands(runs: Iterable[Records]) -> str:
@@ -405,7 +405,7 @@ def by_place(runs: Iterable[Records]) -> Iterator[tuple[str, list[Records]]]:
 
 def sort_key(run: Records) -> tuple[Any, ...]:
     """Orders runs by dataset and model, those without SEvo first; then ablations by arm."""
-    sevo = config_of(run).optimizer.startswith("sevo_")
+    sevo = config_of(run).has_sevo
     parts = re.split(r"(\d+)", name_of(run))  # arms of several commands: 4 before 16
     numbers = [int(part) if part.isdigit() else part for part in parts]
     return place_of(run), _arm(run).get("order", 0), sevo, numbers

@@ -103,31 +103,31 @@ def _graph(edges: np.ndarray, num_nodes: int, rng: np.random.Generator) -> jraph
     return jraph.GraphsTuple(nodes=None, globals=None, **fields)
 
 
-def _uniform(seed: int, num_nodes: int = NODES) -> jraph.GraphsTuple:
+def _uniform(seed: int) -> jraph.GraphsTuple:
     """Each pair is an edge with the same chance, four edges a node on average."""
     rng = np.random.default_rng([seed, 0])
-    pairs = np.stack(np.triu_indices(num_nodes, 1), axis=1)
-    return _graph(pairs[rng.random(len(pairs)) < 4 / num_nodes], num_nodes, rng)
+    pairs = np.stack(np.triu_indices(NODES, 1), axis=1)
+    return _graph(pairs[rng.random(len(pairs)) < 4 / NODES], NODES, rng)
 
 
-def _preferential(seed: int, num_nodes: int = NODES) -> jraph.GraphsTuple:
+def _preferential(seed: int) -> jraph.GraphsTuple:
     """Each node joins two earlier ones, popular ones more often: a long tail of degrees."""
     rng = np.random.default_rng([seed, 1])
     ends, edges = [0, 1], {(0, 1)}
-    for node in range(2, num_nodes):
+    for node in range(2, NODES):
         for other in {int(ends[i]) for i in rng.integers(len(ends), size=2)}:
             edges.add((other, node))
             ends += [other, node]
-    return _graph(np.array(sorted(edges)), num_nodes, rng)
+    return _graph(np.array(sorted(edges)), NODES, rng)
 
 
-def _bipartite(seed: int, num_nodes: int = NODES) -> jraph.GraphsTuple:
+def _bipartite(seed: int) -> jraph.GraphsTuple:
     """Edges between two halves alone, so that -1 is an eigenvalue of A~."""
     rng = np.random.default_rng([seed, 2])
-    half = num_nodes // 2
+    half = NODES // 2
     left, right = np.divmod(np.arange(half * half), half)
     kept = rng.random(len(left)) < 4 / half
-    return _graph(np.stack([left, half + right], axis=1)[kept], num_nodes, rng)
+    return _graph(np.stack([left, half + right], axis=1)[kept], NODES, rng)
 
 
 FAMILIES: dict[str, Callable[[int], jraph.GraphsTuple]] = {

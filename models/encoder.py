@@ -1,6 +1,5 @@
 """What transformers that normalise after each residual share: their two forms, attention."""
 
-import math
 from typing import Any
 
 import jax
@@ -10,8 +9,7 @@ from models.layers import (
     Band,
     Rows,
     Window,
-    attend,
-    attention_weights,
+    attention,
     check_padded,
     dropout,
     packed_positions,
@@ -101,6 +99,5 @@ def self_attention(
         split_heads(part, block.num_heads)
         for part in jnp.split(block.query_key_value(x), 3, axis=-1)
     )
-    query /= math.sqrt(query.shape[-1])
-    weights = attention_weights(query, key, window, rate, dropout_key)
-    return block.out(attend(weights, value, window).reshape(x.shape))
+    attended = attention(query, key, value, window, rate, dropout_key)
+    return block.out(attended.reshape(x.shape))

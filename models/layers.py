@@ -237,27 +237,23 @@ def attend(weights: jax.Array, value: jax.Array, window: Window) -> jax.Array:
     return window.join(jnp.einsum("hnqk,hnkd->hnqd", weights, window.keys(value)))
 
 
-def padded_causal_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, dropout_fn
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    window: Window,
+    rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Multi-head causal attention over a padded batch.
+    """Multi-head attention, all `[..., heads, D / heads]`.
 
     Args:
-      query, key, value: `[B, S, heads, D / heads]`.
-      mask: bool `[B, S]`, keys that may be attended to; `None` for all. A query may always
-        attend to its own slot, so that a fully masked row stays finite.
-      dropout_fn: applied to the attention weights `[B, heads, S, S]`.
-
-    Returns:
-      `[B, S, heads, D / heads]`.
+      query, key, value: of each slot.
+      window: which keys a query sees.
+      rate, dropout_key: dropout on the weights.
     """
-    num_slots = query.shape[1]
-    allowed = jnp.tril(jnp.ones((num_slots, num_slots), bool))
-    if mask is not None:
-        allowed = (allowed & mask[:, None, None, :]) | jnp.eye(num_slots, dtype=bool)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
-    weights = jax.nn.softmax(jnp.where(allowed, logits, -jnp.inf), axis=-1)
-    return jnp.einsum("bhqk,bkhd->bqhd", dropout_fn(weights), value)
+    query /= math.sqrt(query.shape[-1])
+    return attend(attention_weights(query, key, window, rate, dropout_key), value, window)
 
 
 def packed_causal_attention(
@@ -266,11 +262,11 @@ def packed_causal_attention(
     value: jax.Array,
     stream: Packed,
     max_length: int,
-    padding: tuple[jax.Array, jax.Array] | None = None,
+    padding: tuple[jax.Array, jax.Array],
     rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Multi-head causal attention inside each sequence of a packed stream.
+    """Causal attention inside each sequence of a packed stream, and to padding left of it.
 
     The stream is cut into tiles, see `Band`. The padding slots that a padded batch would hold
     left of a sequence all have the same key and value, so one virtual key stands for all of
@@ -281,23 +277,20 @@ def packed_causal_attention(
       query, key, value: `[T, heads, D / heads]`.
       stream: the packed sequences, none longer than `max_length`.
       max_length: S, the length of a row of the padded batch.
-      padding: key and value of a padding slot, `[heads, D / heads]` each, or `None` when
-        padding is masked.
+      padding: key and value of a padding slot, `[heads, D / heads]` each.
       rate, dropout_key: dropout on the attention weights. The number of padding slots that
         dropout keeps is drawn from its binomial distribution, as if each were dropped alone.
 
     Returns:
       `[T, heads, D / heads]`; unused slots hold arbitrary finite values.
     """
-    num_heads, head_dim = query.shape[1:]
     band = Band(stream, max_length, causal=True)
-    scale = 1 / math.sqrt(head_dim)
+    scale = 1 / math.sqrt(query.shape[-1])
     query, key, value = band.queries(query), band.keys(key), band.keys(value)
     logits = jnp.einsum("hnqd,hnkd->hnqk", query, key) * scale
     logits = jnp.where(band.mask, logits, masked(logits.dtype))
-    virtual_key, virtual_value = padding or (jnp.zeros((num_heads, head_dim), query.dtype),) * 2
-    num_padding = stream.num_padding(max_length) if padding else jnp.zeros_like(stream.offset)
-    num_padding = band.tiles(num_padding)
+    virtual_key, virtual_value = padding
+    num_padding = band.tiles(stream.num_padding(max_length))
     virtual = jnp.einsum("hnqd,hd->hnq", query, virtual_key) * scale
     # As wide as the logits: the logarithm of an int32 has single precision at most.
     wide = jnp.promote_types(virtual.dtype, jnp.float32)
@@ -311,9 +304,8 @@ def packed_causal_attention(
     if dropout_key is not None and rate > 0:
         key_weights, key_padding = jax.random.split(dropout_key)
         weights = dropout(weights, rate, key_weights)
-        if padding:
-            kept = binomial(key_padding, num_padding, 1 - rate, max_length, virtual.shape)
-            virtual *= kept / (jnp.maximum(num_padding, 1) * (1 - rate))
+        kept = binomial(key_padding, num_padding, 1 - rate, max_length, virtual.shape)
+        virtual *= kept / (jnp.maximum(num_padding, 1) * (1 - rate))
     out = jnp.einsum("hnqk,hnkd->hnqd", weights, value)
     out += virtual[..., None] * virtual_value[:, None, None]
     return band.join(out / total[..., None]).astype(value.dtype)

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.layers import (
+    Band,
+    Rows,
+    attention,
     check_cosine_scale,
     check_heads,
     check_padded,
@@ -17,7 +20,6 @@ from models.layers import (
     layer_norm,
     packed_causal_attention,
     packed_positions,
-    padded_causal_attention,
     split_heads,
     split_key,
     uniform,
@@ -110,17 +112,14 @@ class SASRec(DotProduct, nnx.Module):
           `[B, max_length, dim]`; slot t is the state after the items up to t.
         """
         check_padded(items, self.max_length)
-        used = (items > 0)[..., None]
-        mask = used[..., 0] if self.mask_padding else None
+        used = items > 0
+        window = Rows(used | (not self.mask_padding), causal=True)
 
         def attend(query, key, value, padding, key_drop):
-            def drop(weights):
-                return dropout(weights, self.dropout_rate, key_drop)
+            return attention(query, key, value, window, self.dropout_rate, key_drop)
 
-            return padded_causal_attention(query, key, value, mask, drop)
-
-        embedded = self.item_embedding(items)
-        return self._states(embedded, jnp.arange(self.max_length), used, attend, dropout_key)
+        embedded, positions = self.item_embedding(items), jnp.arange(self.max_length)
+        return self._states(embedded, positions, used[..., None], attend, dropout_key)
 
     def packed(
         self, embedded: jax.Array, stream: Packed, *, dropout_key: jax.Array | None = None
@@ -137,15 +136,12 @@ class SASRec(DotProduct, nnx.Module):
         """
 
         def attend(query, key, value, padding, key_drop):
+            dropped = self.dropout_rate, key_drop
+            if self.mask_padding:
+                window = Band(stream, self.max_length, causal=True)
+                return attention(query, key, value, window, *dropped)
             return packed_causal_attention(
-                query,
-                key,
-                value,
-                stream,
-                self.max_length,
-                None if self.mask_padding else padding,
-                self.dropout_rate,
-                key_drop,
+                query, key, value, stream, self.max_length, padding, *dropped
             )
 
         positions = packed_positions(stream, self.max_length)

@@ -50,7 +50,10 @@ class Adjacency(abc.ABC):
 
     def polynomial(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
         """sum_l c_l A~^l x, with coefficients `[L + 1, 1, 1]` or `[L + 1, 1, d]`."""
-        return _horner(self.matmul, coefficients, x)
+        y = coefficients[-1] * x  # by Horner's rule: L products, with two tables in flight
+        for c in coefficients[-2::-1]:
+            y = self.matmul(y) + c * x
+        return y
 
     def columnwise(
         self, function: "ColumnFunction", parameters: jax.Array, x: jax.Array
@@ -61,16 +64,6 @@ class Adjacency(abc.ABC):
 
 
 ColumnFunction: TypeAlias = Callable[[Adjacency, jax.Array, jax.Array], jax.Array]
-
-
-def _horner(
-    matmul: Callable[[jax.Array], jax.Array], coefficients: jax.Array, x: jax.Array
-) -> jax.Array:
-    """L products with two tables in flight."""
-    y = coefficients[-1] * x
-    for c in coefficients[-2::-1]:
-        y = matmul(y) + c * x
-    return y
 
 
 def isolated_rows(receivers: np.ndarray, weights: np.ndarray, num_nodes: int) -> np.ndarray:
@@ -245,7 +238,7 @@ class Rows(Adjacency):
 
     def one_table(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
         """The polynomial of a table that is no batch; what `vmap` and `grad` build on."""
-        return _horner(self.matmul, coefficients, x)
+        return super().polynomial(coefficients, x)
 
     def tables(self, coefficients: jax.Array, x: jax.Array) -> jax.Array:
         """Those of tables `[S or 1, num_nodes, d]`; coefficients `[S, L + 1, 1, 1 or d]`."""

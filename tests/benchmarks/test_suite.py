@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,21 @@ def test_processors_of_one_name_are_told_apart(tmp_path):
     assert measure.cpu_name(info) == "AMD EPYC (family 23, model 49)"
     info.write_text("processor\t: 0\nBogoMIPS\t: 2\n")  # as on Arm
     assert measure.cpu_name(info) == measure.cpu_name(tmp_path / "none") != ""
+
+
+def test_the_page_goes_where_its_records_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "RESULTS.md").write_text("of another project")
+    with pytest.raises(ValueError, match="`records` must be a folder with records, got mine"):
+        page.write(Path("mine"))
+    made = {"interactions": 9, "items": 3, "edges": 4, "seconds": 1.0, "peak GiB": 0.1}
+    measure.keep(Path("mine"), "build", "1M", 1, made)
+    page.write(Path("mine"))
+    assert (tmp_path / "mine" / "RESULTS.md").read_text().startswith("# Benchmarks")
+    assert (tmp_path / "RESULTS.md").read_text() == "of another project"
+    monkeypatch.setattr(page, "FOLDER", tmp_path / "mine")  # as the project's own records are
+    page.write(Path("mine"))
+    assert (tmp_path / "RESULTS.md").read_text().startswith("# Benchmarks")
 
 
 def test_which_sizes_run():

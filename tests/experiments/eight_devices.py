@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +14,7 @@ from experiments.config import Config
 from experiments.dataset import leave_one_out
 from experiments.mesh import make_mesh
 from experiments.ranking import collect, ranking_data
-from experiments.run import fit, make_trainer
+from experiments.run import fit, make_trainer, start
 from experiments.synthetic import synthetic
 
 # 101 rows of the table, or 100 for mf: filled up to 104, but on four devices mf needs no more.
@@ -53,7 +52,7 @@ OTHERS = {
 def trained(config: Config, mesh: Any) -> tuple[Any, np.ndarray, Any]:
     """The state after two epochs, their losses `[2, S]`, and ranks."""
     trainer = make_trainer(config, SPLIT, mesh=mesh)
-    state, losses = trainer.init(jax.vmap(jax.random.key)(jnp.array(SEEDS))), []
+    state, losses = start(trainer, SEEDS), []
     for number in (1, 2):
         state, loss = trainer.epoch(state, number)
         losses.append(np.asarray(loss))

@@ -13,7 +13,7 @@ from experiments.averaging import averaged, averages
 from experiments.backbones import make_optimizer
 from experiments.config import Config
 from experiments.dataset import leave_one_out
-from experiments.run import make_trainer
+from experiments.run import make_trainer, start
 from experiments.synthetic import synthetic
 from sevo_jax import item_graph
 
@@ -93,7 +93,7 @@ def _after_an_epoch(**settings):
     split = leave_one_out(synthetic(num_users=60, num_items=40, num_communities=3))
     config = Config(dim=4, num_blocks=1, max_length=8, batch_size=16, epochs=1, **settings)
     trainer = make_trainer(config, split)
-    state = trainer.init(jax.vmap(jax.random.key)(jnp.arange(2)))
+    state = start(trainer, [0, 1])
     return trainer, trainer.epoch(state, 1)[0]
 
 

@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from experiments import cli, report
+from experiments import cli, records, report
 from experiments.comparisons import compare, gather, missing
 from experiments.config import preset
+from experiments.figures import curves
 from experiments.page import write_page
 from experiments.ranking import METRICS
 from experiments.tables import bucket_tables, by_place, name_of, sort_key
@@ -58,6 +59,17 @@ def write_run(folder, config, scores, data="amazon_beauty", *, ranks=False, note
             above=above,
             ties=np.zeros_like(above),
         )
+
+
+def test_lines_without_sevo_are_dashed_whatever_their_names(tmp_path):
+    named = []
+    for name, optimizer in (("L=3", "sevo_adamw"), ("sevo_like", "adamw")):
+        write_run(tmp_path / name, preset("sasrec", "amazon_beauty", optimizer), {0: 0.1})
+        named.append((name, records.read(tmp_path / name / "records.jsonl")))
+    dashed = [
+        "stroke-dasharray" in curves([run], "epoch", "loss", "loss", "title") for run in named
+    ]
+    assert dashed == [False, True]
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from flax import nnx
 
 from experiments import training
 from experiments.backbones import make_graph, prepare
-from experiments.batching import Windows, training_data
-from experiments.config import Config
+from experiments.batching import training_data
+from experiments.config import Config, Windows
 from experiments.dataset import Evaluation, leave_one_out
 from experiments.objectives import NextItem
 from experiments.ranking import collect, ranking_data

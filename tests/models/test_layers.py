@@ -28,11 +28,13 @@ from models import (
     stosa,
 )
 from models.layers import (
+    Band,
+    Rows,
     _binomial_cdf,
+    attention,
     binomial,
     dropout,
     packed_causal_attention,
-    padded_causal_attention,
 )
 from models.packing import Packed
 from tests.models.toys import PRECISIONS, packed, padded, precision
@@ -149,7 +151,7 @@ class Problem:
         batch, self.places = padded(sequences, max_length)
         self.shape, self.dtype = batch.shape, dtype
         self.max_length, self.num_used = max_length, sum(lengths)
-        self.mask = jnp.asarray(batch > 0) if masked else None
+        self.used = jnp.asarray(batch > 0) | (not masked)
         self.qkv = tuple(
             jnp.asarray(x, dtype) for x in rng.normal(size=(3, num_slots, heads, 3))
         )
@@ -157,32 +159,31 @@ class Problem:
         self.padding = tuple(jnp.asarray(x, dtype) for x in rng.normal(size=(2, heads, 3)))
         self.masked = masked
 
-    def in_packed_form(self, qkv, padding, rate=0.0, dropout_key=None):
-        query, key, value = qkv
-        out = packed_causal_attention(
-            query,
-            key,
-            value,
-            self.stream,
-            self.max_length,
-            None if self.masked else padding,
-            rate,
-            dropout_key,
-        )
-        return out[: self.num_used]
+    def in_packed_form(self, *args):
+        return self.whole_stream(*args)[: self.num_used]
 
-    def in_padded_form(self, qkv, padding, dropout_fn=lambda weights: weights):
+    def whole_stream(self, qkv, padding, rate=0.0, dropout_key=None):
+        query, key, value = qkv
+        if self.masked:
+            window = Band(self.stream, self.max_length, causal=True)
+            return attention(query, key, value, window, rate, dropout_key)
+        length = self.max_length
+        return packed_causal_attention(
+            query, key, value, self.stream, length, padding, rate, dropout_key
+        )
+
+    def in_padded_form(self, qkv, padding, *dropped):
         def spread(x, fill):
             grid = jnp.broadcast_to(fill, (*self.shape, *x.shape[1:])).astype(self.dtype)
             return grid.at[self.places].set(x[: self.num_used])
 
         query, key, value = qkv
-        out = padded_causal_attention(
+        out = attention(
             spread(query, 0.0),
             spread(key, padding[0]),
             spread(value, padding[1]),
-            self.mask,
-            dropout_fn,
+            Rows(self.used, causal=True),
+            *dropped,
         )
         return out[self.places]
 
@@ -220,31 +221,30 @@ def test_padded_attention_by_hand():
     value = jnp.array([1.0, 5.0, 9.0]).reshape(1, 3, 1, 1)
     ones, zeros = jnp.ones((1, 3, 1, 1)), jnp.zeros((1, 3, 1, 1))
 
-    def attend(query, key, value, mask):
-        return np.ravel(
-            padded_causal_attention(query, key, value, mask, lambda weights: weights)
-        )
+    def attend(query, key, value, used=(True, True, True)):
+        window = Rows(jnp.array([used]), causal=True)
+        return np.ravel(attention(query, key, value, window))
 
-    np.testing.assert_allclose(attend(zeros, zeros, value, None), [1, 3, 5], rtol=1e-6)
+    np.testing.assert_allclose(attend(zeros, zeros, value), [1, 3, 5], rtol=1e-6)
     key = jnp.log(jnp.array([3.0, 1.0, 1.0])).reshape(1, 3, 1, 1)
     expected = [1, (3 * 1 + 5) / 4, (3 * 1 + 5 + 9) / 5]
-    np.testing.assert_allclose(attend(ones, key, value, None), expected, rtol=1e-6)
-    # The first slot is padding: it sees itself alone, so as to stay finite; others skip it.
-    mask = jnp.array([[False, True, True]])
-    np.testing.assert_allclose(attend(ones, key, value, mask), [1, 5, 7], rtol=1e-6)
+    np.testing.assert_allclose(attend(ones, key, value), expected, rtol=1e-6)
+    # The first slot is padding: it sees all alike, so as to stay finite; others skip it.
+    skipped = attend(ones, key, value, (False, True, True))
+    np.testing.assert_allclose(skipped, [5, 5, 7], rtol=1e-6)
     # The logits of a head of width 4 are halved.
-    wide = (jnp.tile(ones, 4), jnp.tile(key, 4), value, None)
-    expected = attend(2 * ones, key, value, None)
+    wide = (jnp.tile(ones, 4), jnp.tile(key, 4), value)
+    expected = attend(2 * ones, key, value)
     np.testing.assert_allclose(attend(*wide), expected, rtol=1e-6)
 
 
 def test_slots_that_hold_nothing_stay_finite():
     """Also those that fill up the last tile, and where every sequence is empty."""
     for lengths in ((2, 3), (0, 0)):
-        problem = Problem(lengths, 5, 16, 1, masked=True, dtype="float32")
-        query, key, value = problem.qkv
-        attend = jax.jit(packed_causal_attention, static_argnums=4)
-        assert np.all(np.isfinite(attend(query, key, value, problem.stream, 5)))
+        for masked in (True, False):
+            problem = Problem(lengths, 5, 16, 1, masked=masked, dtype="float32")
+            assert len(problem.stream.segment) == 16 > problem.num_used
+            assert np.all(np.isfinite(problem.whole_stream(problem.qkv, problem.padding)))
 
 
 def attention_weights(problem: Problem) -> np.ndarray:
@@ -300,11 +300,7 @@ def test_dropout_on_packed_weights_is_that_of_the_padded():
     assert np.abs(error).max() < 5 / np.sqrt(num)
     # The padded form, through the same statistics: the exact values are those of both.
     sample = jax.jit(
-        jax.vmap(
-            lambda key: problem.in_padded_form(
-                problem.qkv, problem.padding, lambda weights: dropout(weights, rate, key)
-            )
-        )
+        jax.vmap(lambda key: problem.in_padded_form(problem.qkv, problem.padding, rate, key))
     )
     draws = np.asarray(sample(keys), float).reshape(num, -1)
     assert np.abs((draws.mean(0) - mean.ravel()) / spread).max() < 4 / np.sqrt(num)
