@@ -211,6 +211,8 @@ def ablate(options: Ablate, console: Console | None = None) -> dict[str, Result]
             for number, group in enumerate(ordered)
             for arm in group
         )
+    elif not out.exists():
+        console.print(f"{out}: nothing to go on from, so training starts anew")
     for number, group in enumerate(ordered):
         with show(console, ", ".join(group), next(iter(group.values()))) as report:
             results = fit_sweep(

@@ -68,6 +68,8 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
         dataset.known_attributes()  # missing ones shall not come to light after hours
     if not options.resume:
         check_free(out / config.label for config in configs)
+    elif not out.exists():
+        console.print(f"{out}: nothing to go on from, so training starts anew")
     results = []
     for config in configs:
         folder = out / config.label

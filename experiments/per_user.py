@@ -33,8 +33,8 @@ def read_ranks(path: str | Path) -> UserRanks:
     try:
         with Path(path).open("rb") as file, np.load(file) as held:
             found = {name: held[name] for name in held.files}
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"`path` {path} is not whole: {error}.") from None
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        raise ValueError(f"`path` {path} holds no ranks, or not all: {error}.") from None
     missing = {"seeds", "users", "above", "ties"} - set(found)
     if missing:
         raise ValueError(f"`path` {path} lacks {sorted(missing)}.")

@@ -121,11 +121,22 @@ class Log:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All records of a file; a line that is not JSON is an error that names it."""
+    """All records of a file; a line that is no JSON object is an error that names it."""
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: not a record ({error}).") from None
     return records
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that is the whole of a file; an error names the file."""
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON object ({error}).") from None
+    return found

@@ -173,7 +173,7 @@ def _keep_studies(folders: Iterable[str | Path], into: Path) -> None:
                 "their folders."
             )
         if held.exists():
-            older = study.command_of(json.loads(held.read_text(encoding="utf-8")))
+            older = study.command_of(records.read_object(held))
             if older != study.command_of(kept):
                 raise ValueError(
                     f"{target} keeps another study than {path}: `{older}`; rename one of them."
@@ -224,6 +224,9 @@ def tested(folders: Iterable[str | Path]) -> Iterator[tuple[Path, Records]]:
             if not _holds_records(path):
                 continue  # of another program
             run = records.read(path)
+            for number, record in enumerate(run, start=1):
+                if missing := {"kind", "seed", "epoch"} - record.keys():
+                    raise ValueError(f"{path}, line {number}: no record without {missing}.")
             if any(record["kind"] == "test" for record in run):
                 yield path, run
 

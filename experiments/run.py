@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -396,7 +396,7 @@ def load_run(folder: str | Path, seed: int | None = None) -> tuple[Any, np.ndarr
         below = ", ".join(str(path.parent) for path in sorted(folder.glob(f"*/{RUN}")))
         hint = f" Runs are in {below}." if below else ""
         raise ValueError(f"`folder` {folder} holds no run: there is no {RUN} in it.{hint}")
-    held = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    held = _read_run(folder / RUN)
     config, seeds, data = Config(**held["config"]), held["seeds"], held["data"]
     if seed is not None and seed not in seeds:
         raise ValueError(f"`seed` must be one of the run's {seeds}, got {seed}.")
@@ -457,7 +457,9 @@ def _claim(
     }
     held = [path for path in wanted if path.exists()]
     if len(held) < len(wanted) and (folder / CHECKPOINTS).exists():
-        raise ValueError(f"`folder` {folder} holds checkpoints of other settings.")
+        raise ValueError(
+            f"`folder` {folder} holds checkpoints of other settings, or their {RUN} is gone."
+        )
     for path in held:
         if not resume:
             check_free([path.parent])
@@ -472,8 +474,15 @@ def _claim(
     sync_global_devices("the folder is made")
 
 
+def _read_run(path: Path) -> dict[str, Any]:
+    held = records.read_object(path)
+    if unknown := set(held.get("config", {})) - {one.name for one in fields(Config)}:
+        raise ValueError(f"{path} has settings that this version lacks: {sorted(unknown)}.")
+    return held
+
+
 def _check_same(path: Path, wanted: dict[str, Any]) -> None:
-    held = json.loads(path.read_text(encoding="utf-8"))
+    held = _read_run(path)
     config = Config(**held["config"])
     held["config"] = asdict(config)  # settings newer than the run among them
     if "fingerprint" not in held["data"]:  # runs of an earlier version

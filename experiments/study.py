@@ -94,7 +94,7 @@ def run(options: Ablate, console: Console) -> list[Finding]:
 def read(folders: Iterable[str | Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The studies kept below `folders`, by name, dataset and model."""
     paths = {path.resolve(): path for folder in folders for path in Path(folder).rglob(FILE)}
-    found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths.values()]
+    found = [(path, records.read_object(path)) for path in paths.values()]
     yield from sorted(found, key=lambda pair: (title_of(pair[1]), pair[0]))
 
 

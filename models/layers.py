@@ -107,7 +107,7 @@ def check_padded(items: jax.Array, max_length: int) -> None:
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
     """`[..., D]` to `[..., heads, D / heads]`."""
-    return x.reshape(*x.shape[:-1], num_heads, -1)
+    return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
 
 
 def packed_positions(stream: Packed, max_length: int) -> jax.Array:

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from sevo_jax.ids import (
     Ragged,
+    as_array,
     bad_weight,
     check_choice,
     check_count,
@@ -133,7 +134,8 @@ def edge_graph(
       2 1 0.5
     """
     check_count("edge_graph", "num_nodes", num_nodes)
-    ends = {"senders": np.asarray(senders), "receivers": np.asarray(receivers)}
+    given = {"senders": senders, "receivers": receivers}
+    ends = {name: as_array("edge_graph", name, ids) for name, ids in given.items()}
     for name, ids in ends.items():
         check_ids("edge_graph", name, ids, num_nodes, "num_nodes")
     left, right = ends.values()

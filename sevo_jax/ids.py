@@ -1,6 +1,6 @@
 """Checks of what the graph builders are given, each named after the builder it serves."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -32,6 +32,11 @@ def ragged(
         if not isinstance(rows, Iterable):
             raise TypeError(
                 f"`{function}` takes rows of integers in `{name}`, but got {rows!r}."
+            )
+        if isinstance(rows, Mapping) or hasattr(rows, "columns"):
+            raise TypeError(
+                f"`{function}` takes a list of rows of integers in `{name}`, but got a "
+                f"{type(rows).__name__}, which hands out its keys or columns."
             )
         parts = [_row(function, name, i, row) for i, row in enumerate(rows)]
         values = np.concatenate([row for row in parts if len(row)] or [np.zeros(0, np.int32)])
@@ -83,9 +88,18 @@ def check_choice(function: str, name: str, value: str, valid: tuple[str, ...]) -
         raise ValueError(f"`{function}`: unknown `{name}` {value!r}, valid are {valid}.")
 
 
+def as_array(function: str, name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError:  # nested lists of unequal lengths
+        raise ValueError(
+            f"`{function}` takes an array in `{name}`, but its rows differ in length."
+        ) from None
+
+
 def real_numbers(function: str, name: str, values: Any) -> np.ndarray:
     """The values as an array; refused if they are no real numbers."""
-    array = np.asarray(values)
+    array = as_array(function, name, values)
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise TypeError(f"`{function}` takes real numbers in `{name}`, but got {array.dtype}.")
     return array
@@ -103,9 +117,10 @@ def check_positive(function: str, name: str, value: Any) -> None:
 
 
 def check_count(function: str, name: str, value: Any) -> None:
-    if not is_integer(value) or value < 0:
+    if not is_integer(value) or not 0 <= value < 2**31:  # ids are int32
         raise ValueError(
-            f"`{function}`: `{name}` must be an integer of at least 0, got {value!r}."
+            f"`{function}`: `{name}` must be an integer of at least 0 and below 2**31, got "
+            f"{value!r}."
         )
 
 

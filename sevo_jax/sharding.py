@@ -155,7 +155,7 @@ def shard_adjacency(
       >>> import sevo_jax
       >>> from sevo_jax.sharding import row_shardings, shard_adjacency
       >>> graph = sevo_jax.item_graph([[0, 1, 2]], num_nodes=8)
-      >>> mesh = jax.make_mesh((jax.device_count(),), ("rows",))
+      >>> mesh = jax.sharding.Mesh(jax.devices(), ("rows",))
       >>> sharded = shard_adjacency(graph, mesh)
       >>> x = jnp.eye(8, 2)
       >>> x = jax.device_put(x, row_shardings(x, sharded))
@@ -168,8 +168,8 @@ def shard_adjacency(
     if not isinstance(mesh, Mesh):
         raise TypeError(
             f"`shard_adjacency` takes a `jax.sharding.Mesh`, but `mesh` is "
-            f"{type(mesh).__name__}. `jax.make_mesh((jax.device_count(),), ('rows',))` makes "
-            "one of all devices."
+            f"{type(mesh).__name__}. `jax.sharding.Mesh(jax.devices(), ('rows',))` makes one "
+            "of all devices."
         )
     check_count("shard_adjacency", "min_rows", min_rows)
     names = mesh.axis_names if axes is None else (axes,) if isinstance(axes, str) else axes
@@ -215,7 +215,7 @@ def row_shardings(tree: Any, graph: Sharded) -> Any:
       >>> import sevo_jax
       >>> from sevo_jax.sharding import row_shardings, shard_adjacency
       >>> graph = sevo_jax.item_graph([[0, 1, 2]], num_nodes=8)
-      >>> graph = shard_adjacency(graph, jax.make_mesh((jax.device_count(),), ("rows",)))
+      >>> graph = shard_adjacency(graph, jax.sharding.Mesh(jax.devices(), ("rows",)))
       >>> params = {"item_embedding": jnp.zeros((8, 2)), "bias": jnp.zeros(2)}
       >>> shardings = row_shardings(params, graph)
       >>> tuple(shardings["item_embedding"].spec), tuple(shardings["bias"].spec)
@@ -229,10 +229,14 @@ def row_shardings(tree: Any, graph: Sharded) -> Any:
 
     def sharding(leaf: Any) -> NamedSharding:
         shape = np.shape(leaf)
-        if graph.num_nodes not in shape:
-            return NamedSharding(graph.mesh, PartitionSpec())
-        before = [None] * shape.index(graph.num_nodes)
-        return NamedSharding(graph.mesh, PartitionSpec(*before, *graph.rows))
+        entries: list[Any] = []
+        if graph.num_nodes in shape:
+            entries = [None] * shape.index(graph.num_nodes) + [*graph.rows]
+        # As compiled functions return them, or the second step would compile anew: with an
+        # entry for every dimension where axes are explicit, else without any at the end.
+        if AxisType.Explicit in graph.mesh.axis_types:
+            entries += [None] * (len(shape) - len(entries))
+        return NamedSharding(graph.mesh, PartitionSpec(*entries))
 
     return jax.tree.map(sharding, tree)
 

@@ -55,9 +55,10 @@ def sevo(
         searched in paths like `"item_embedding/embedding"`; all that match share the graph.
         A tuple of strings names tables that are stacked in that order, as users and items of
         a :func:`bipartite_graph`: together they have `num_nodes` rows. A tree of bools, or
-        a function of the parameters that returns one, selects as in `optax.masked`. None
-        takes the one parameter of shape `[num_nodes, d]`. Under `inject_hyperparams`, which
-        calls every function with the step count, name a function in its `static_args`.
+        a function of the parameters that returns one, selects as in `optax.masked` (with
+        Flax NNX the function, as its optimizer hands on another tree). None takes the one
+        parameter of shape `[num_nodes, d]`. Under `inject_hyperparams`, which calls every
+        function with the step count, name a function in its `static_args`.
       beta: strength in [0, 1): a scalar, one per column `[d]`, traced, or a schedule.
       num_layers: the paper's L.
       method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
@@ -134,6 +135,9 @@ def sevo(
         if every > 1:
             raise ValueError("`sevo` takes `every` or `residual_decay`, but got both.")
     prepared = normalized_adjacency(graph)
+    kind: Any = optax.ScaleByScheduleState if callable(beta) else optax.EmptyState
+    kind = SmoothEveryState if every > 1 else kind
+    kind = ResidualState if residual_decay is not None else kind
 
     def init_fn(params: optax.Params) -> optax.OptState:
         groups = table_groups(params, tables, prepared.num_nodes)
@@ -153,6 +157,12 @@ def sevo(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
+        if not isinstance(state, kind):  # or what another kind holds would be lost in silence
+            raise ValueError(
+                f"`sevo`: `state` must be a {kind.__name__} with these `every`, "
+                f"`residual_decay` and `beta`, but is {type(state).__name__}, which other "
+                "settings made."
+            )
         adjacency = prepared if graph is None else normalized_adjacency(graph)
         strength = beta(state.count) if callable(beta) else beta
 

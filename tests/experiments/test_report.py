@@ -202,10 +202,19 @@ def test_files_that_are_no_records_are_left_out(runs, tmp_path, text):
     assert write_report([runs], tmp_path / "new" / "page.md") == 1
 
 
-def test_records_that_are_broken_are_not(runs, tmp_path):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"kind": "te', "not a record"),
+        (b"\xff", "not a record"),
+        (b"[1, 2]", "not a record"),
+        (b'{"kind": "test", "epoch": 1}', "no record without {'seed'}"),
+    ],
+)
+def test_records_that_are_broken_are_not(line, message, runs, tmp_path):
     path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
-    path.write_text(path.read_text()[:-20])
-    with pytest.raises(ValueError, match="line 10: not a record"):
+    path.write_bytes(path.read_bytes() + line)
+    with pytest.raises(ValueError, match=f"records.jsonl, line 11: {message}"):
         write_report([runs], tmp_path / "page.md")
 
 

@@ -526,6 +526,29 @@ def test_an_interruption_says_what_can_go_on(options, resumes, monkeypatch, caps
     assert ("--resume" in capsys.readouterr().err) == resumes
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "run.json is no JSON object"),
+        ("[]", r"run.json is no JSON object \(a list\)"),
+        ('{"config": {"from_tomorrow": 1}}', r"this version lacks: \['from_tomorrow'\]"),
+    ],
+)
+def test_a_run_file_that_cannot_be_read_is_named(text, message, tmp_path, split):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_run(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        fit(TINY, split, (3, 5), tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_resuming_what_is_not_there_says_so(tmp_path, csv, capsys):
+    options = f"train --data {csv} --out {tmp_path / 'typo'} --resume --epochs 0 --dim 8"
+    cli.main([*options.split(), "--optimizers", "adamw", "--max-length", "10"])
+    assert "typo: nothing to go on from" in capsys.readouterr().out.replace("\n", "")
+
+
 def test_a_record_that_is_not_json_is_named(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text('{"kind": "epoch"}\nnot json\n')

@@ -157,13 +157,13 @@ def test_ranks_are_read_and_measured(tmp_path):
         pu.read_ranks(path)
 
 
-def test_ranks_that_were_cut_short_are_named(tmp_path):
+def test_ranks_that_are_none_or_cut_short_are_named(tmp_path):
     path = tmp_path / "ranks.npz"
     np.savez(path, seeds=[0], users=[1, 2], above=[[0, 1]], ties=[[0, 0]])
     whole = path.read_bytes()
-    for length in (0, 10, len(whole) // 2):
-        path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"ranks\.npz is not whole"):
+    for content in (b"", whole[:10], whole[: len(whole) // 2], b"no archive"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"ranks\.npz holds no ranks, or not all"):
             pu.read_ranks(path)
 
 

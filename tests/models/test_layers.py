@@ -238,6 +238,13 @@ def test_padded_attention_by_hand():
     np.testing.assert_allclose(attend(*wide), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("model", [SASRec, GRU4Rec, BERT4Rec, STOSA, BSARec])
+def test_a_batch_may_be_empty(model):
+    items = jnp.zeros((0, 50), jnp.int32)
+    states = jax.eval_shape(model(5, dim=4, max_length=50, rngs=nnx.Rngs(0)), items)
+    assert {leaf.shape for leaf in jax.tree.leaves(states)} == {(0, 50, 4)}
+
+
 def test_slots_that_hold_nothing_stay_finite():
     """Also those that fill up the last tile, and where every sequence is empty."""
     for lengths in ((2, 3), (0, 0)):

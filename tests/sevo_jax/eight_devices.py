@@ -42,6 +42,23 @@ def problem() -> tuple[Any, dict[str, jax.Array], jax.Array]:
     return sevo_jax.normalized_adjacency(random_graph(0, NUM_NODES)), params, ids
 
 
+@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+def test_the_second_step_compiles_nothing(types):
+    graph, params, _ = problem()
+    graph = shard_adjacency(graph, mesh(8, types=types))
+    solver = sevo_jax.sevo_adamw(0.03, graph)
+    state = solver.init(params)
+    params, state = jax.device_put((params, state), row_shardings((params, state), graph))
+
+    @jax.jit
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = solver.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step(*step(params, state))
+    assert step._cache_size() == 1
+
+
 def train(graph: Any, params: Any, batches: Any, shardings: Any = None) -> tuple[Any, Any]:
     """Parameters and optimizer state after the steps of `batches`."""
     solver = sevo_jax.sevo_adamw(0.03, graph, **SOLVER_KWARGS)

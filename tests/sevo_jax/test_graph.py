@@ -10,6 +10,7 @@ import itertools
 import time
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -302,6 +303,27 @@ def test_ten_million_interactions():
         (lambda: sevo_jax.item_graph([[0]], 3, keep="all"), ValueError, "unknown `keep` 'all'"),
         (lambda: sevo_jax.item_graph(None, 3), TypeError, "integers in `sequences`, .* None"),
         (lambda: sevo_jax.attribute_graph(5), TypeError, "rows of integers in .*, but got 5"),
+        (lambda: sevo_jax.item_graph({3: [0, 1]}, 3), TypeError, "got a dict, which hands out"),
+        (
+            lambda: sevo_jax.attribute_graph(pl.DataFrame({"user": [0], "item": [1]})),
+            TypeError,
+            "list of rows of integers in `attributes`, but got a DataFrame",
+        ),
+        (
+            lambda: sevo_jax.item_graph([[0, 2**31]], 2**31 + 1),
+            ValueError,
+            r"`num_nodes` must .* below 2\*\*31, got 2147483649",
+        ),
+        (
+            lambda: sevo_jax.edge_graph([[0], [1, 2]], [1], 4),
+            ValueError,
+            "an array in `senders`, but its rows differ in length",
+        ),
+        (
+            lambda: sevo_jax.knn_graph([[1.0, 2.0], [3.0]]),
+            ValueError,
+            "an array in `embeddings`, but its rows differ in length",
+        ),
         (lambda: sevo_jax.edge_graph([0], [2], 2), ValueError, "`receivers`, .* largest is 2"),
         (lambda: sevo_jax.edge_graph([0.5], [1], 2), TypeError, "integer ids in `senders`"),
         (lambda: sevo_jax.edge_graph([0], [1], "2"), ValueError, "`num_nodes` must .* got '2'"),

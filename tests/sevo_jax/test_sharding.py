@@ -65,16 +65,19 @@ def test_one_device():
     )
 
 
-def test_row_shardings():
-    graph = shard_adjacency(random_graph(), _mesh())
+@pytest.mark.parametrize("explicit", [True, False])
+def test_row_shardings(explicit):
+    mesh = _mesh() if explicit else jax.sharding.Mesh(jax.devices()[:1], ("rows",))
+    graph = shard_adjacency(random_graph(), mesh)
     tree = {"table": (20, 3), "seeds": (4, 20, 3), "mask": (20,), "bias": (3,), "count": ()}
     shapes = {name: jax.ShapeDtypeStruct(shape, float) for name, shape in tree.items()}
     specs = {name: tuple(s.spec) for name, s in row_shardings(shapes, graph).items()}
+    rest = (None,) * explicit
     assert specs == {
-        "table": ("rows",),
-        "seeds": (None, "rows"),
+        "table": ("rows", *rest),
+        "seeds": (None, "rows", *rest),
         "mask": ("rows",),
-        "bias": (),
+        "bias": rest,
         "count": (),
     }
 
@@ -87,7 +90,11 @@ def test_row_shardings():
         ({"axes": ()}, ValueError, r"but got \(\)"),
         ({"axes": ("rows", "rows")}, ValueError, r"but got \('rows', 'rows'\)"),
         ({"axes": 3}, ValueError, "but got 3"),
-        ({"min_rows": "a"}, ValueError, "`min_rows` must be an integer of at least 0, got 'a'"),
+        (
+            {"min_rows": "a"},
+            ValueError,
+            "`min_rows` must be an integer of at least 0 and below 2.*31, got 'a'",
+        ),
         ({"graph": None}, TypeError, "takes a `jraph.GraphsTuple`"),
     ],
 )

@@ -5,6 +5,7 @@
 # pyright: reportCallIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -607,6 +608,20 @@ def test_what_is_taken_back_is_refused_in_half_precision(kwargs):
     with pytest.raises(TypeError, match=f"`{name}` needs tables of float32 .* got bfloat16"):
         solver.init(params)
     solver.init(params | {"item": jnp.ones((20, 2))})  # others may be
+
+
+def test_a_state_that_other_settings_made_is_refused():
+    """What `every` and `residual_decay` have in theirs would be lost, or never leave it."""
+    settings: list[dict] = [
+        {},
+        {"every": 4},
+        {"residual_decay": 0.9},
+        {"beta": optax.constant_schedule(0.5)},
+    ]
+    table, solvers = jnp.ones((20, 3)), [sevo_jax.sevo(random_graph(), **s) for s in settings]
+    for maker, user in itertools.permutations(solvers, 2):
+        with pytest.raises(ValueError, match="`sevo`: `state` must be .* other settings made"):
+            user.update(table, maker.init(table))
 
 
 @pytest.mark.parametrize("num_seeds", [0, 3])
