@@ -5,6 +5,7 @@
 # pyright: reportCallIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -129,11 +130,9 @@ def test_a_tree_without_leaves_passes():
 @pytest.mark.parametrize("place", ["init", "update"])
 def test_errors(tables, error, message, place):
     graph = random_graph()
-    for solver in (
-        sevo_jax.sevo(graph, tables=tables),
-        sevo_jax.sevo_adamw(1e-3, graph, tables=tables),
-    ):
-        state = sevo_jax.sevo_adamw(1e-3, graph, tables="item").init(PARAMS)
+    for make in (sevo_jax.sevo, functools.partial(sevo_jax.sevo_adamw, 1e-3)):
+        solver = make(graph, tables=tables)
+        state = make(graph, tables="item").init(PARAMS)
         with pytest.raises(error, match=message):
             if place == "init":
                 solver.init(PARAMS)
