@@ -16,10 +16,10 @@ from experiments import study
 from experiments.backbones import fixed
 from experiments.config import Config, Loss, preset
 from experiments.distillation import TEACHER, distillation
-from experiments.main_job import show, split_of
+from experiments.main_job import check_out, show, split_of
 from experiments.options import Ablate
 from experiments.ranking import METRICS
-from experiments.run import SELECTION, Result, check_free, fit_sweep, load_run
+from experiments.run import SELECTION, Result, fit_sweep, load_run
 from experiments.statistics import spread
 
 BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
@@ -205,14 +205,12 @@ def ablate(options: Ablate, console: Console | None = None) -> dict[str, Result]
     }
     teacher = None
     ordered = sorted(programs(arms), key=lambda group: TEACHER not in group)
-    if not options.resume:
-        check_free(
-            out / f"program_{number}" / _folder(arm)
-            for number, group in enumerate(ordered)
-            for arm in group
-        )
-    elif not out.exists():
-        console.print(f"{out}: nothing to go on from, so training starts anew")
+    runs = (
+        out / f"program_{number}" / _folder(arm)
+        for number, group in enumerate(ordered)
+        for arm in group
+    )
+    check_out(out, runs, options.resume, console)
     for number, group in enumerate(ordered):
         with show(console, ", ".join(group), next(iter(group.values()))) as report:
             results = fit_sweep(

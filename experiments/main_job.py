@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,7 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
     options.check_given(configs)
     if options.graph == "attributes":
         dataset.known_attributes()  # missing ones shall not come to light after hours
-    if not options.resume:
-        check_free(out / config.label for config in configs)
-    elif not out.exists():
-        console.print(f"{out}: nothing to go on from, so training starts anew")
+    check_out(out, (out / config.label for config in configs), options.resume, console)
     results = []
     for config in configs:
         folder = out / config.label
@@ -136,6 +134,14 @@ def load_data(options: Job) -> Dataset:
         k_core=options.k_core,
         items=options.items,
     )
+
+
+def check_out(out: Path, runs: Iterable[Path], resume: bool, console: Console) -> None:
+    """Refuses folders that hold a run already; to resume, says where there is nothing."""
+    if not resume:
+        check_free(runs)
+    elif not out.exists():
+        console.print(f"{out}: nothing to go on from, so training starts anew")
 
 
 class show:

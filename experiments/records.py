@@ -124,19 +124,20 @@ def read(path: Path) -> list[dict[str, Any]]:
     """All records of a file; a line that is no JSON object is an error that names it."""
     records = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a record ({error}).") from None
+        records.append(_object(line, f"{path}, line {number}: not a record"))
     return records
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object that is the whole of a file; an error names the file."""
+    return _object(path.read_bytes(), f"{path} is no JSON object")
+
+
+def _object(text: bytes, wrong: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(text)
         if not isinstance(found, dict):
             raise ValueError(f"a {type(found).__name__}")
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON object ({error}).") from None
+        raise ValueError(f"{wrong} ({error}).") from None
     return found

@@ -136,17 +136,18 @@ def sevo(
             raise ValueError("`sevo` takes `every` or `residual_decay`, but got both.")
     prepared = normalized_adjacency(graph)
     kind: Any = optax.ScaleByScheduleState if callable(beta) else optax.EmptyState
-    kind = SmoothEveryState if every > 1 else kind
-    kind = ResidualState if residual_decay is not None else kind
+    held = None  # the setting for which the state holds a table
+    if every > 1:
+        kind, held = SmoothEveryState, "every"
+    elif residual_decay is not None:
+        kind, held = ResidualState, "residual_decay"
 
     def init_fn(params: optax.Params) -> optax.OptState:
         groups = table_groups(params, tables, prepared.num_nodes)
+        if kind is optax.EmptyState:
+            return kind()
         count = jnp.zeros([], jnp.int32)
-        if every > 1:
-            return SmoothEveryState(count, _no_updates(params, groups, "every"))
-        if residual_decay is not None:
-            return ResidualState(count, _no_updates(params, groups, "residual_decay"))
-        return optax.ScaleByScheduleState(count) if callable(beta) else optax.EmptyState()
+        return kind(count, _no_updates(params, groups, held)) if held else kind(count)
 
     def update_fn(
         updates: optax.Updates,
