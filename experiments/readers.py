@@ -247,6 +247,16 @@ def _by_role(
                 other if len(other) <= 40 else other[:40] + "..." for other in named or header
             )
             problem = f"no column {name!r} for the {role}, only {', '.join(there)}"
-            source.fail(f"{problem}; {how}.", "line 1")
+            source.fail(f"{problem}; {_hint(source.format, header) or how}.", "line 1")
     frame = pl.DataFrame(series)
     return frame if frame.height else source.fail("no rows after the header.")
+
+
+def _hint(format: Format, header: list[str]) -> str:
+    """What a header without the names looked for may be instead; empty where it is one."""
+    others = [mark for mark in ",;\t|" if mark in "".join(header) and mark != format.separator]
+    if len(header) == 1 and others:
+        return f"{format.separator!r} must separate the fields, not {others[0]!r}"
+    if any(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in header):
+        return "the first line must name the columns, but looks like one of values"
+    return ""

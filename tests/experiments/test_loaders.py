@@ -338,6 +338,23 @@ def test_long_names_are_cut(tmp_path):
     assert len(str(error.value)) < len(str(path)) + 200
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("user;item\n1;2\n", "',' must separate the fields, not ';'"),
+        ("user\titem\n1\t2\n", r"',' must separate the fields, not '\\t'"),
+        ("196,242,3,881250949\n", "the first line must name the columns"),
+        ("u1,i1,5.0\n", "the first line must name the columns"),
+        ("who,item\n1,2\n", "name it with `columns=.'user': ...}`"),
+    ],
+)
+def test_what_a_header_without_the_names_may_be(tmp_path, text, hint):
+    path = tmp_path / "log.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=hint):
+        load(path)
+
+
 @pytest.mark.parametrize("head", [_PLAIN_HEAD, '"userId","movieId","rating","timestamp"\r'])
 def test_ratings_with_a_header(tmp_path, head):
     """As Kaggle's ratings_small.csv."""
