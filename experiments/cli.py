@@ -65,7 +65,7 @@ def _run(command: Command) -> None:
         print(f"{command.name} is in {path}; pass it to `train --data`")
     else:
         from experiments.page import write_page
-        from experiments.report import keep, write_report
+        from experiments.report import keep, untested, write_report
 
         if not command.runs:
             raise ValueError("`runs` must name at least one folder.")
@@ -77,5 +77,7 @@ def _run(command: Command) -> None:
         if html.resolve() == page.resolve():
             raise ValueError(f"`page` and `html` must be two files, got {page} for both.")
         print(f"{page}: tables of {write_report(command.runs, page)} runs")
+        for path in untested(command.runs):
+            print(f"{path}: left out, as it holds no test yet")
         write_page(command.runs, html)
         print(f"{html}: their figures and comparisons")

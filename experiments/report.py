@@ -215,6 +215,19 @@ def _seeds(run: Records) -> set[int]:
 
 def tested(folders: Iterable[str | Path]) -> Iterator[tuple[Path, Records]]:
     """The files of records below `folders` that hold a test, with the records."""
+    return ((path, run) for path, run in _recorded(folders) if _is_tested(run))
+
+
+def untested(folders: Iterable[str | Path]) -> list[Path]:
+    """The files of records below `folders` without a test: of runs that have not ended."""
+    return [path for path, run in _recorded(folders) if not _is_tested(run)]
+
+
+def _is_tested(run: Records) -> bool:
+    return any(record["kind"] == "test" for record in run)
+
+
+def _recorded(folders: Iterable[str | Path]) -> Iterator[tuple[Path, Records]]:
     seen = set()  # folders may overlap
     for folder in folders:
         for path in sorted(Path(folder).rglob("*.jsonl")):
@@ -227,8 +240,7 @@ def tested(folders: Iterable[str | Path]) -> Iterator[tuple[Path, Records]]:
             for number, record in enumerate(run, start=1):
                 if missing := {"kind", "seed", "epoch"} - record.keys():
                     raise ValueError(f"{path}, line {number}: no record without {missing}.")
-            if any(record["kind"] == "test" for record in run):
-                yield path, run
+            yield path, run
 
 
 def _holds_records(path: Path) -> bool:

@@ -341,8 +341,14 @@ def test_what_is_missing_is_said(runs, tmp_path):
 
 
 def test_report_command(runs, tmp_path, capsys, monkeypatch):
+    whole = (runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl").read_text().splitlines()
+    begun = runs / "begun" / "sevo_adamw" / "records.jsonl"
+    begun.parent.mkdir(parents=True)
+    begun.write_text(whole[0] + "\n")
     cli.main(["report", "--runs", str(runs), "--page", str(tmp_path / "R.md")])
-    assert "tables of 1 runs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "tables of 1 runs" in said and f"{begun}: left out, as it holds no test" in said
+    assert said.count("left out") == 1
     # Only the records that the repository keeps go to its RESULTS.md unasked.
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
