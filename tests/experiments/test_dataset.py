@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from experiments.dataset import (
+    Attributes,
     Dataset,
     Split,
     drop_repeats,
@@ -357,3 +358,10 @@ def test_unknown_part():
     part: Any = "train"
     with pytest.raises(ValueError, match='"valid" or "test", got \'train\''):
         leave_one_out(ragged([1])).evaluation(part)
+
+
+def test_filters_keep_the_attributes_of_each_item():
+    attributes = Attributes(("a", "b", "c"), np.arange(3), np.arange(4))
+    core = k_core(ragged([1, 2], [0, 1, 2], num_items=3, attributes=attributes), 2)
+    assert core.item_ids.tolist() == [1, 2]
+    assert core.known_attributes().values.tolist() == [1, 2]

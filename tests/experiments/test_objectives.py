@@ -325,6 +325,17 @@ def test_pairs_are_uniform():
             assert np.abs(counts[allowed] - 6000 * share).max() < 5 * spread + 1
 
 
+def test_negatives_do_not_depend_on_the_positive():
+    # The first user has had the items 0 to 4 of ten: with one key for both draws, numbers of
+    # as many items would be the same.
+    data = training_data(TRAIN, 10, max_length=MAX_LENGTH, windows="users")
+    pairs = UserItem().sample(KEY, data, jnp.zeros(6000, int), 0)
+    counts = np.zeros((10, 10))
+    np.add.at(counts, (np.asarray(pairs.positives), np.asarray(pairs.negatives)), 1)
+    counts = counts[:5, 5:]
+    assert counts.sum() == 6000 and np.abs(counts - 240).max() < 5 * np.sqrt(240)
+
+
 @pytest.fixture(scope="module")
 def graph():
     values, splits = TRAIN
@@ -358,3 +369,11 @@ def test_user_item_models_rank_and_train_by_pairs(kind, graph):
     margin = (users[u] * (items[n] - items[p])).sum(axis=1)
     loss = objective.loss(module, batch, KEY, context)
     np.testing.assert_allclose(loss, np.log1p(np.exp(margin)).mean(), rtol=1e-5)
+    # L2 is of the tables' rows, not of what is propagated; the batch's free place has no part.
+    users, items = (
+        np.asarray(table.embedding[...])
+        for table in (module.user_embedding, module.item_embedding)
+    )
+    squares = (users[u] ** 2 + items[p] ** 2 + items[n] ** 2).sum(axis=1)
+    regularized = UserItem(l2=0.3).loss(module, batch, KEY, context)
+    np.testing.assert_allclose(regularized - loss, 0.3 / 2 * squares.mean(), rtol=1e-4)

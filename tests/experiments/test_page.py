@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import cli, records, report
-from experiments.comparisons import compare, gather, missing
+from experiments.comparisons import compare, compare_each, gather, missing
 from experiments.config import preset
 from experiments.figures import curves
 from experiments.page import write_page
@@ -426,3 +426,24 @@ def test_a_click_sorts_in_a_browser(page, tmp_path):
     assert set(found["blanks"][0][-2:]) == published  # no device there
     assert found["marked"] == 1
     assert found["figures"] and min(found["figures"]) > 100
+
+
+def test_each_dataset_and_model_is_a_family_of_its_own(tmp_path):
+    scores = {"adamw": {0: 0.3, 1: 0.31}, "sevo_adamw": {0: 0.4, 1: 0.42}}
+    for model in ("sasrec", "gru4rec"):
+        for optimizer, tests in scores.items():
+            config = preset(model, "amazon_beauty", optimizer)
+            write_run(tmp_path / model / optimizer, config, tests)
+    families = compare_each(gather(report.tested([tmp_path])))
+    assert len(families) == 2
+    for (pair,) in families.values():
+        assert pair.over_seeds is not None and pair.holm == pair.fdr == pair.over_seeds.p
+
+
+def test_ranks_of_a_seed_that_another_file_tested_are_left_out(tmp_path):
+    config = preset("sasrec", "amazon_beauty", "adamw")
+    write_run(tmp_path / "first", config, {0: 0.3, 1: 0.4, 2: 0.4})
+    write_run(tmp_path / "again", config, {0: 0.9, 3: 0.5}, ranks=True)
+    (run,) = gather(report.tested([tmp_path]))
+    assert run.tests[0]["HR@1"] == 0.3 and run.ranks is not None
+    assert run.ranks.seeds.tolist() == [3]

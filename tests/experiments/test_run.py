@@ -25,9 +25,9 @@ from experiments import cli, main_job, records, run
 from experiments.backbones import BACKBONES
 from experiments.config import PRESETS, Config, preset
 from experiments.dataset import Dataset, leave_one_out
-from experiments.objectives import MaskedItem
+from experiments.objectives import MaskedItem, NextItem
 from experiments.published import official_curve, published
-from experiments.ranking import METRICS
+from experiments.ranking import METRICS, collect, metrics, rank_targets, ranking_data
 from experiments.recommend import top_items
 from experiments.run import fit, load_run, make_trainer
 from experiments.synthetic import synthetic
@@ -54,6 +54,27 @@ def without_times(folder: Path) -> list[dict]:
         {k: v for k, v in r.items() if k != "seconds"}
         for r in records.read(folder / records.FILE)
     ]
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.3])
+def test_the_kept_module_gives_the_recorded_metrics(rate, split, tmp_path):
+    """At the best epoch by validation, which by the higher rate is not the last one."""
+    config = replace(TINY, eval_every=1, learning_rate=rate, average_decay=0.9)
+    result = fit(config, split, (3, 5), tmp_path / "run")
+    assert rate < 0.3 or set(result.best_epoch) != {config.epochs}
+    found = records.read(tmp_path / "run" / records.FILE)
+    for seed, best in zip(result.seeds, result.best_epoch, strict=True):
+        module, _, config = load_run(tmp_path / "run", seed)
+        for part in ("valid", "test"):
+            held_out = split.evaluation(part)
+            (data,), num_slots = ranking_data([held_out], max_length=config.max_length)
+            scorer = NextItem("bce", split.dataset.num_items).scorer(module, num_slots)
+            ranks = collect(rank_targets(scorer, data), len(held_out.targets))
+            (record,) = (
+                r for r in found if (r["kind"], r["seed"], r["epoch"]) == (part, seed, best)
+            )
+            for name, value in metrics(ranks).items():
+                assert record[name] == pytest.approx(value)
 
 
 def test_records_hold_every_evaluation(finished, split):
@@ -649,6 +670,8 @@ def test_config_rejects_what_it_does_not_know():
         Config(windows="users")
     with pytest.raises(ValueError, match="`pvn_weight` is for stosa alone"):
         Config(pvn_weight=0.1)
+    with pytest.raises(ValueError, match="`pair_l2` is for mf and lightgcn, got it for sasrec"):
+        Config(pair_l2=0.1)
     with pytest.raises(ValueError, match="`cosine_scale` is for sasrec, gru4rec and bsarec"):
         preset("stosa", "amazon_beauty", "adam", cosine_scale=20)
     with pytest.raises(ValueError, match="`batch_size` must be positive"):

@@ -224,3 +224,20 @@ def test_bucket_starts():
         pu.bucket_metrics(ranks, np.ones(3, int))
     with pytest.raises(ValueError, match="must ascend from at most the smallest value 1"):
         pu.bucket_metrics(ranks, np.array([1, 2]), starts=[2, 3])
+
+
+def test_bootstrap_p_is_never_zero():
+    assert st.paired_bootstrap(np.arange(1.0, 51), np.zeros(50), samples=99).p == 1 / 100
+
+
+def test_bootstrap_draws_how_many_users_differ():
+    one = np.repeat([1.0, 0.0], [40, 360])
+    found = st.paired_bootstrap(one, np.zeros(400))
+    known = stats.binom.ppf([0.025, 0.975], 400, 0.1) / 400
+    np.testing.assert_allclose([found.low, found.high], known, atol=0.003)
+
+
+def test_a_bucket_begins_with_its_start():
+    values, ranks = np.arange(4), Ranks(np.zeros(4, int), np.zeros(4, int))
+    found = pu.bucket_metrics(ranks, values, starts=[0, 2], names=["HR@1"])
+    assert [(b.low, b.high) for b in found] == [(0, 1), (2, 3)]

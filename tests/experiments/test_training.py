@@ -368,3 +368,29 @@ def test_ranks_equal_those_of_padded_scores():
             better = [i for i in range(NUM_ITEMS) if i not in history and row[i] > row[target]]
             assert count == len(better)
     assert not ranks.ties.any() and len(np.unique(ranks.above)) > 1
+
+
+class _Keys:
+    """An objective whose loss tells whether dropout has the batch's key."""
+
+    num_queries = 0
+
+    def check(self, data):
+        pass
+
+    def order(self, key, data, batch_size):
+        return jnp.zeros((2, batch_size), jnp.int32)
+
+    def sample(self, key, data, windows, num_slots):
+        return jax.random.key_data(key)
+
+    def loss(self, module, batch, dropout_key, context):
+        return (batch == jax.random.key_data(dropout_key)).all().astype(jnp.float32)
+
+
+def test_a_batch_and_its_dropout_have_different_keys():
+    values = np.concatenate(SEQUENCES), np.cumsum([0, *map(len, SEQUENCES)])
+    data = training_data(values, NUM_ITEMS, max_length=MAX_LENGTH)
+    objective: Any = _Keys()
+    trainer = Trainer(sasrec, optax.sgd(0.1), objective, None, data, 2)
+    assert trainer.epoch(trainer.init(jax.random.key(0)[None]), 1)[1] == 0

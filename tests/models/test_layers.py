@@ -432,3 +432,21 @@ def test_where_dropout_is(model: Any, monkeypatch):
     module = model(9, **given, rngs=nnx.Rngs(0))
     module(jnp.array([[0, 1, 2]]), dropout_key=jax.random.key(0))
     assert found == PLACES[model]
+
+
+@pytest.mark.parametrize("model", PLACES)
+def test_no_two_places_of_dropout_have_one_key(model: Any, monkeypatch):
+    found = []
+
+    def recorded(x, rate, key):
+        found.append(tuple(jax.random.key_data(key).tolist()))
+        return x
+
+    for module in (layers, encoder, sasrec, bert4rec, bsarec, stosa, gru4rec):
+        monkeypatch.setattr(module, "dropout", recorded)
+    settings: dict[str, Any] = {"num_blocks": 2, "num_heads": 2, "max_length": 3, "dim": 4}
+    known = inspect.signature(model.__init__).parameters
+    given = {name: settings[name] for name in settings if name in known}
+    module = model(9, **given, rngs=nnx.Rngs(0))
+    module(jnp.array([[0, 1, 2]]), dropout_key=jax.random.key(0))
+    assert len(set(found)) == len(found)

@@ -356,3 +356,12 @@ def test_ten_million_interactions():
 def test_bad_input(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+def test_orthogonal_items_are_no_neighbours():
+    assert len(sevo_jax.knn_graph(np.eye(3), k=2).edges) == 0
+
+
+def test_a_pair_may_be_met_very_often():
+    graph = sevo_jax.item_graph([[0, 1] * 40_000], 2, window=None)
+    assert graph.edges.tolist() == [79_999, 79_999]

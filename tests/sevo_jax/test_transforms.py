@@ -60,11 +60,12 @@ def test_adamw_equals_the_loops_of_the_official_code(x64):
     np.testing.assert_allclose(moments * (1 - SETTINGS["b2"] ** 25), v, atol=1e-13)
 
 
-def test_dense_gradients_give_plain_adam(dtype):
+@pytest.mark.parametrize("eps_root", [0.0, 0.1])
+def test_dense_gradients_give_plain_adam(dtype, eps_root):
     grads = jnp.asarray(np.random.default_rng(0).normal(size=(10, 6, 3)), dtype)
     params = jnp.zeros((6, 3), dtype)
-    ours = sevo_jax.scale_by_corrected_adam(0.9, 0.99, 1e-6)
-    theirs = optax.scale_by_adam(0.9, 0.99, 1e-6)
+    ours = sevo_jax.scale_by_corrected_adam(0.9, 0.99, 1e-6, eps_root)
+    theirs = optax.scale_by_adam(0.9, 0.99, 1e-6, eps_root)
     state, other = ours.init(params), theirs.init(params)
     for grad in grads:
         updates, state = jax.jit(ours.update)(grad, state)
@@ -771,3 +772,10 @@ def test_derivatives_through_the_optimizers(factory, x64):
     expected = (trained(0.1 + h) - trained(0.1 - h)) / (2 * h)
     np.testing.assert_allclose(jax.grad(trained)(0.1), expected, rtol=1e-6)
     assert np.isnan(jax.grad(functools.partial(trained, eps_root=0.0))(0.1))
+
+
+def test_weights_decay_as_in_the_paper_unless_told():
+    table = jnp.ones((20, 3))
+    solver = sevo_jax.sevo_adamw(0.01, random_graph())
+    updates, _ = solver.update(jnp.zeros((20, 3)), solver.init(table), table)
+    np.testing.assert_allclose(updates, -0.01 * 0.1, rtol=1e-6)
