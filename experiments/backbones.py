@@ -109,13 +109,13 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "mf": Backbone(
         models.MF,
-        lambda _, config: UserItem(config.loader_workers),
+        lambda _, config: UserItem(config.loader_workers, config.pair_l2),
         _same("dim"),
         knows_users=True,
     ),
     "lightgcn": Backbone(
         models.LightGCN,
-        lambda _, config: UserItem(config.loader_workers),
+        lambda _, config: UserItem(config.loader_workers, config.pair_l2),
         {"dim": "dim", "num_layers": "num_blocks"},
         knows_users=True,
     ),

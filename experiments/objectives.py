@@ -298,9 +298,12 @@ class UserItem:
 
     Args:
       workers: of an epoch's order, see `batching.in_batches`.
+      l2: this times half the squared length of a pair's three rows is added to its loss. Of a
+        model that propagates, they are those of its tables.
     """
 
     workers: int = 1
+    l2: float = 0.0
     num_queries = 0
 
     def check(self, data: TrainData) -> None:
@@ -322,15 +325,17 @@ class UserItem:
         self, module: Any, batch: Pairs, dropout_key: jax.Array, context: Any
     ) -> jax.Array:
         del dropout_key
-        if context is None:
-            rows = jnp.stack([batch.positives, batch.negatives])
-            states, items = module.users(batch.users), module.items(rows)
-        else:
+        rows = jnp.stack([batch.positives, batch.negatives])
+        states, items = module.users(batch.users), module.items(rows)
+        squares = (states**2).sum(-1) + (items**2).sum((0, -1))
+        if context is not None:
             all_users, all_items = module.propagate(context)
-            states = all_users[batch.users]
-            items = all_items[jnp.stack([batch.positives, batch.negatives])]
+            states, items = all_users[batch.users], all_items[rows]
         positive, negative = module.score(states, items)
-        return losses.bpr(positive, negative[:, None], batch.weights)
+        loss = losses.bpr(positive, negative[:, None], batch.weights)
+        if self.l2:
+            loss += self.l2 / 2 * losses.weighted_mean(squares, batch.weights)
+        return loss
 
     def rows(self, batch: Pairs) -> jax.Array:
         # Free places hold a pair, too; no table has this row.

@@ -112,6 +112,8 @@ class Job:
     """Scores are this times the cosine of state and item, or with 0 their dot product."""
     gbce_t: float | None = None
     pvn_weight: float | None = None
+    pair_l2: float | None = None
+    """L2 of the rows of a step's pairs, in the loss; for mf and lightgcn."""
     mask_prob: float | None = None
     windows: Windows | None = None
     """How sequences are cut for training: each user's last items, every prefix on its own, or
