@@ -329,6 +329,20 @@ def test_padding_edges_spread_no_nan(layout):
     np.testing.assert_array_equal(np.isnan(y[:, 0]), [True, True, False, False])
 
 
+@pytest.mark.parametrize("layout", [one for one in EVERY_LAYOUT if one != "dense"])
+def test_places_left_free_spread_no_nan(layout, monkeypatch):
+    """Those in the last chunk of edges, and in further rows of a node of many neighbours."""
+    monkeypatch.setattr(layouts, "BCSR", None)
+    monkeypatch.setattr(layouts, "_CHUNK", 7)
+    monkeypatch.setattr(padded, "_WIDTHS", (4, 3))
+    stars = np.repeat([1, 31], 29), np.delete(np.arange(2, 61), 29)
+    stars = sevo_jax.edge_graph(*stars, num_nodes=62)
+    adjacency = sevo_jax.normalized_adjacency(stars, layout=layout)
+    x = jnp.ones((62, 1)).at[jnp.array([0, 7])].set(jnp.nan)  # without and with a neighbour
+    found = np.flatnonzero(np.isnan(adjacency.matmul(x)[:, 0]))
+    assert 1 in found and set(found) <= {0, 1, 7}
+
+
 @pytest.mark.parametrize("num_leaves", [0, 16, 33, 600])
 def test_padded_rows_of_many_neighbours(num_leaves, monkeypatch):
     """A hub's neighbours fill many rows, whose sums fill several in turn."""
