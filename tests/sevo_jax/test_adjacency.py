@@ -327,6 +327,9 @@ def test_padding_edges_spread_no_nan(layout):
     x = jnp.ones((4, 1)).at[0].set(jnp.nan)
     y = np.asarray(sevo_jax.smooth(adjacency, x))
     np.testing.assert_array_equal(np.isnan(y[:, 0]), [True, True, False, False])
+    # Nor do they count as the neighbours of the last row, where they lie.
+    kept = sevo_jax.smooth(adjacency, jnp.full((4, 1), 3.0), isolated="identity")
+    assert kept[3, 0] == 3.0
 
 
 @pytest.mark.parametrize("layout", [one for one in EVERY_LAYOUT if one != "dense"])
