@@ -571,6 +571,7 @@ def test_no_edges_have_no_type():
     "graph, error, message",
     [
         (_graph([0, 1], [1, 0], [1.0, 2.0]), ValueError, "symmetric .* node 0 differ"),
+        (_graph([0, 1], [1, 0], [1.0, 1.0001]), ValueError, "symmetric .* node 0 differ"),
         (_graph([1], [2], [1.0]), ValueError, "symmetric .* node 1 differ"),
         # Equal degrees in both directions, yet a directed circle.
         (_graph([0, 1, 2], [1, 2, 0], [1.0, 1.0, 1.0]), ValueError, "symmetric"),
