@@ -1,5 +1,6 @@
 """Runs as a whole: records, checkpoints, resumption after a kill, the commands."""
 
+import inspect
 import io
 import json
 import os
@@ -575,6 +576,14 @@ def test_a_record_that_is_not_json_is_named(tmp_path):
     path.write_text('{"kind": "epoch"}\nnot json\n')
     with pytest.raises(ValueError, match="records.jsonl, line 2"):
         records.read(path)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_defaults_of_a_model_are_its_preset_on_beauty(name):
+    backbone, known = BACKBONES[name], preset(name, "amazon_beauty", "adamw")
+    arguments = inspect.signature(backbone.module.__init__).parameters
+    for argument, field in backbone.settings.items():
+        assert arguments[argument].default == getattr(known, field), argument
 
 
 def test_presets_are_valid_and_published_numbers_need_them():

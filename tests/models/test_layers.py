@@ -450,3 +450,15 @@ def test_no_two_places_of_dropout_have_one_key(model: Any, monkeypatch):
     module = model(9, **given, rngs=nnx.Rngs(0))
     module(jnp.array([[0, 1, 2]]), dropout_key=jax.random.key(0))
     assert len(set(found)) == len(found)
+    # A packed stream draws besides how much of the padding each query keeps.
+    binomial = layers.binomial
+
+    def drawn(key, *args):
+        recorded(None, None, key)
+        return binomial(key, *args)
+
+    monkeypatch.setattr(layers, "binomial", drawn)
+    found.clear()
+    rows, stream = packed([[1, 2]], 2)
+    module.packed(module.embed(jnp.asarray(rows)), stream, dropout_key=jax.random.key(0))
+    assert found and len(set(found)) == len(found)
