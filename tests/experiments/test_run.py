@@ -229,6 +229,7 @@ def test_every_setting_has_an_effect_somewhere():
         preset("bert4rec", "amazon_beauty", "adamw"),
         preset("bsarec", "amazon_beauty", "adamw"),
         preset("stosa", "amazon_beauty", "sevo_adamw", graph="attributes"),
+        preset("lightgcn", "amazon_beauty", "adam"),
     )
     assert not set.intersection(*(config.without_effect() for config in used))
     assert "dim" not in set.union(*(config.without_effect() for config in used))
