@@ -412,7 +412,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     # training. The settings of RecBoard, the benchmark of SEvo's authors.
     ("lightgcn", "amazon_beauty"): _LIGHTGCN | {"num_blocks": 3},
     ("lightgcn", "amazon_toys"): _LIGHTGCN | {"num_blocks": 2},
-    # The strongest published with ids alone: .0610 and .0663 with a window for each prefix.
+    # The strongest that we know of with ids alone: in RecBoard .0610 and .0663, with a window
+    # for each prefix.
     ("bsarec", "amazon_beauty"): _BSAREC,
     ("bsarec", "amazon_toys"): _BSAREC,
     # Not the paper's: short, for the generated data.

@@ -326,14 +326,16 @@ class UserItem:
     ) -> jax.Array:
         del dropout_key
         rows = jnp.stack([batch.positives, batch.negatives])
-        states, items = module.users(batch.users), module.items(rows)
-        squares = (states**2).sum(-1) + (items**2).sum((0, -1))
+        tables = module.users(batch.users), module.items(rows)
+        states, items = tables
         if context is not None:
             all_users, all_items = module.propagate(context)
             states, items = all_users[batch.users], all_items[rows]
         positive, negative = module.score(states, items)
         loss = losses.bpr(positive, negative[:, None], batch.weights)
         if self.l2:
+            users, pairs = tables
+            squares = (users**2).sum(-1) + (pairs**2).sum((0, -1))
             loss += self.l2 / 2 * losses.weighted_mean(squares, batch.weights)
         return loss
 
