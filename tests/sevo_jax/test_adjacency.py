@@ -469,15 +469,21 @@ def test_compiled_rows_of_any_width(num_layers, d, library):
 
 
 @needs_compiler
-@pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_compiled_rows_of_a_large_table(num_layers, library):
-    """Of 16 MiB and more the first layer reads a copy, and AMD asks for rows further ahead."""
-    graph, x = random_graph(), _table(20, 220_001)
-    adjacency = sevo_jax.normalized_adjacency(graph, layout="compiled")
-    table = jnp.asarray(x, jnp.float32)
-    assert table.nbytes >= 16 << 20
-    y = sevo_jax.smooth(adjacency, table, num_layers=num_layers)
-    np.testing.assert_allclose(y, _expected(graph, x, 0.99, num_layers), atol=3e-6)
+@pytest.mark.parametrize(
+    "num_layers, messages", [(1, None), (2, None), (3, None), (2, "bfloat16")]
+)
+def test_compiled_rows_of_a_large_table(num_layers, messages, library):
+    """From 16 MiB of messages on: a copy of slices of columns, rows asked for further ahead."""
+    num_nodes, d = 60, 70_010 if messages is None else 140_010  # some columns beside whole slices
+    rng = np.random.default_rng(0)
+    graph: Any = sevo_jax.item_graph(rng.zipf(1.3, (20, 20)) % 60, num_nodes=num_nodes)
+    adjacency = sevo_jax.normalized_adjacency(graph, layout="compiled", messages=messages)
+    x, beta = _table(num_nodes, d), np.linspace(0, 0.99, d)
+    y = jax.jit(sevo_jax.smooth, static_argnames="num_layers")(
+        adjacency, jnp.asarray(x, jnp.float32), beta=jnp.asarray(beta), num_layers=num_layers
+    )
+    expected = _expected(graph, x, beta, num_layers)
+    np.testing.assert_allclose(y, expected, atol=3e-6 if messages is None else 0.03)
 
 
 @pytest.mark.parametrize(
