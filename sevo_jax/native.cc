@@ -26,9 +26,9 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kEdges = 8192;  // in a piece of work
-// Bytes of a table that no cache holds. From there on its copy in large pages pays, and slices of
-// columns do: at 41 MB they did, and what lies between that and 3 MB has not been measured.
-constexpr size_t kLarge = 16 << 20;
+// Bytes of a table from which on a copy in large pages and slices of columns pay. On an AMD EPYC
+// (Zen 2) psi took 0.75 of the time with them at 14 MB, as long at 7 MB, and 1.2 times at 3 MB.
+constexpr size_t kLarge = 8 << 20;
 // Bytes of a row of a slice, two lines of a cache. On an AMD EPYC (Zen 2) psi took 0.7 and 0.8 of
 // the time with them at 10 and 16 million edges and 64 columns, and 1.1 and 1.3 times as long with 64.
 constexpr int64_t kSlice = 128;

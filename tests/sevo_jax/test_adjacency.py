@@ -473,8 +473,8 @@ def test_compiled_rows_of_any_width(num_layers, d, library):
     "num_layers, messages", [(1, None), (2, None), (3, None), (2, "bfloat16")]
 )
 def test_compiled_rows_of_a_large_table(num_layers, messages, library):
-    """From 16 MiB of messages on: a copy of slices of columns, rows asked for further ahead."""
-    num_nodes, d = 60, 70_010 if messages is None else 140_010  # some columns beside whole slices
+    """From 8 MiB of messages on: a copy of slices of columns, rows asked for further ahead."""
+    num_nodes, d = 60, 35_010 if messages is None else 70_020  # some columns beside whole slices
     rng = np.random.default_rng(0)
     graph: Any = sevo_jax.item_graph(rng.zipf(1.3, (20, 20)) % 60, num_nodes=num_nodes)
     adjacency = sevo_jax.normalized_adjacency(graph, layout="compiled", messages=messages)
