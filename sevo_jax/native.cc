@@ -150,15 +150,29 @@ inline void Columns(const Layer<T, S, Y>& layer, int64_t row, int64_t first) {
   }
 }
 
+// Each pass over a row's edges takes as many columns as it can. One at the end of the row that is
+// wider than what is left begins earlier, and computes some columns once more.
 template <typename Ahead, typename T, typename S, typename Y>
 void Rows(const Layer<T, S, Y>& layer, int64_t begin, int64_t end) {
-  constexpr int N = kRegister / sizeof(T), M = kSums, H = (M + 1) / 2;
+  constexpr int64_t N = kRegister / sizeof(T), M = kSums, H = M / 2;
+  const int64_t d = layer.d;
   for (int64_t row = begin; row < end; ++row) {
-    int64_t first = 0;
-    for (; first + M * N <= layer.d; first += M * N) Columns<N, M, Ahead>(layer, row, first);
-    for (; first + H * N <= layer.d; first += H * N) Columns<N, H, Ahead>(layer, row, first);
-    for (; first + N <= layer.d; first += N) Columns<N, 1, Ahead>(layer, row, first);
-    for (; first < layer.d; ++first) Columns<1, 1, Ahead>(layer, row, first);
+    for (int64_t first = 0; first < d;) {
+      const int64_t left = d - first;
+      if (d >= M * N && left > H * N) {
+        Columns<N, M, Ahead>(layer, row, std::min(first, d - M * N));
+        first += M * N;
+      } else if (d >= H * N && left > N) {
+        Columns<N, H, Ahead>(layer, row, std::min(first, d - H * N));
+        first += H * N;
+      } else if (d >= N) {
+        Columns<N, 1, Ahead>(layer, row, std::min(first, d - N));
+        first += N;
+      } else {
+        Columns<1, 1, Ahead>(layer, row, first);
+        first += 1;
+      }
+    }
   }
 }
 
@@ -280,34 +294,35 @@ ffi::Error Polynomial(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> splits,
   LargePages(scratch->untyped_data(), scratch->size_bytes());
   // One table after the other: several together would not fit into the cache.
   for (int64_t table = 0; table < num_tables; ++table)
-    for (int64_t first = 0; first < d; first += width) {
-      const int64_t w = std::min(width, d - first), offset = stride > 1 ? first : 0;
+    for (int64_t slice = 0; slice < d; slice += width) {
+      // The last slice begins where it ends with the row, as the last pass of `Rows` does.
+      const int64_t first = std::min(slice, d - width), offset = stride > 1 ? first : 0;
       const T* const c = coefficients.typed_data() + table * (num_layers + 1) * stride + offset;
       const T* const from = x.typed_data() + (shared ? 0 : table * size) + first;
       T* const to = y->typed_data() + table * size + first;
       // Each layer but the last, 0, writes the buffer of its parity, from which the next one
       // reads. The result's own may be one of them, unless rows of it are longer: layer 1 writes
       // the other.
-      S* buffers[2] = {space, space + num_nodes * w};
+      S* buffers[2] = {space, space + num_nodes * width};
       if constexpr (kSame)
-        if (w == d) buffers[0] = to, buffers[1] = space;
+        if (width == d) buffers[0] = to, buffers[1] = space;
       // The first layer reads x from a copy, if it must be rounded or is worth large pages.
       const S* messages = buffers[num_layers % 2];
       if (kSame && !large)
         messages = reinterpret_cast<const S*>(from);
       else
-        Copy(pool, from, d, buffers[num_layers % 2], num_nodes, w);
+        Copy(pool, from, d, buffers[num_layers % 2], num_nodes, width);
       const T* outer = c + num_layers * stride;
       auto layer = [&](int64_t l, auto* result, int64_t y_stride) {
         const Layer<T, S, std::remove_pointer_t<decltype(result)>> one{
-            num_nodes, static_cast<int64_t>(columns.element_count()), w, splits.typed_data(),
+            num_nodes, static_cast<int64_t>(columns.element_count()), width, splits.typed_data(),
             columns.typed_data(), weights.typed_data(), messages, outer, c + l * stride, from,
             result, d, y_stride, stride > 1};
         far ? Apply<Far>(pool, one) : Apply<Near>(pool, one);
         outer = nullptr;
       };
       for (int64_t l = num_layers - 1; l > 0; --l) {
-        layer(l, buffers[l % 2], w);
+        layer(l, buffers[l % 2], width);
         messages = buffers[l % 2];
       }
       layer(0, to, d);

@@ -451,7 +451,7 @@ def test_what_the_compiler_says_is_passed_on(monkeypatch, tmp_path):
 
 
 @needs_compiler
-@pytest.mark.parametrize("d, num_layers", [(1, 1), (16, 0), (64, 2), (83, 3), (128, 5)])
+@pytest.mark.parametrize("d, num_layers", [(1, 1), (20, 1), (64, 2), (83, 3), (100, 5)])
 def test_compiled_rows_of_any_width(num_layers, d, library):
     """All paths of the columns, and several pieces of work: 900 nodes, 40,000 edges."""
     rng = np.random.default_rng(0)
