@@ -26,11 +26,12 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kEdges = 8192;  // in a piece of work
-// Bytes of a table from which on a copy in large pages and slices of columns pay. On an AMD EPYC
-// (Zen 2) psi took 0.75 of the time with them at 14 MB, as long at 7 MB, and 1.2 times at 3 MB.
+// Bytes of a table of messages from which on it is copied into large pages, read ahead as by `Far`,
+// and taken in slices. On an AMD EPYC (Zen 2) psi takes 0.75 of the time so at 14 MB, as long at
+// 7 MB, and 1.2 times as long at 3 MB.
 constexpr size_t kLarge = 8 << 20;
-// Bytes of a row of a slice, two lines of a cache. On an AMD EPYC (Zen 2) psi took 0.7 and 0.8 of
-// the time with them at 10 and 16 million edges and 64 columns, and 1.1 and 1.3 times as long with 64.
+// Bytes of a row of a slice. On that EPYC psi takes 0.7 and 0.8 of the time with slices at 10 and 16
+// million edges and 64 columns, and 1.1 and 1.3 times as long with slices of 64 bytes.
 constexpr int64_t kSlice = 128;
 
 // How many edges ahead a row is asked for, and into which cache (of `__builtin_prefetch`, 3 is
@@ -150,8 +151,8 @@ inline void Columns(const Layer<T, S, Y>& layer, int64_t row, int64_t first) {
   }
 }
 
-// Each pass over a row's edges takes as many columns as it can. One at the end of the row that is
-// wider than what is left begins earlier, and computes some columns once more.
+// A pass over a row's edges takes M, M / 2 or 1 registers of columns. One that is wider than what is
+// left of the row begins earlier, where it ends with the row, and computes some columns once more.
 template <typename Ahead, typename T, typename S, typename Y>
 void Rows(const Layer<T, S, Y>& layer, int64_t begin, int64_t end) {
   constexpr int64_t N = kRegister / sizeof(T), M = kSums, H = M / 2;
@@ -283,49 +284,54 @@ ffi::Error Polynomial(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> splits,
       (!shared && x.dimensions()[0] != num_tables) || (stride != 1 && stride != d) ||
       num_layers < 1)
     return ffi::Error::InvalidArgument("shapes do not fit together");
-  const bool large = size * sizeof(S) >= kLarge, far = large && IsAmd();
-  // A large table is taken in slices of columns, all layers of one and then those of the next:
-  // caches hold more of the rows. Of a table of two slices or more, scratch has room for both
-  // buffers of a slice.
-  constexpr int64_t kColumns = kSlice / sizeof(S);
-  const int64_t width = large && d >= 2 * kColumns ? kColumns : d;
+  const bool large = size * sizeof(S) >= kLarge;
+  const bool far = large && IsAmd();  // other makers' have not been measured
+  // All layers of a slice of columns come before those of the next: caches hold more of its rows
+  // than of the table's. With two slices or more, scratch has room for both buffers of one.
+  constexpr int64_t kColumns = kSlice / sizeof(S), kVector = kRegister / sizeof(T);
+  const int64_t slice = far && d >= 2 * kColumns ? kColumns : d;
   S* const space = reinterpret_cast<S*>(scratch->untyped_data());
   LargePages(y->untyped_data(), y->size_bytes());
   LargePages(scratch->untyped_data(), scratch->size_bytes());
+  auto take = [&](int64_t table, int64_t first, int64_t width) {
+    const int64_t offset = stride > 1 ? first : 0;
+    const T* const c = coefficients.typed_data() + table * (num_layers + 1) * stride + offset;
+    const T* const from = x.typed_data() + (shared ? 0 : table * size) + first;
+    T* const to = y->typed_data() + table * size + first;
+    // Each layer but the last, 0, writes the buffer of its parity, from which the next one reads.
+    // The result's own may be one of them if its rows follow each other as theirs do: layer 1
+    // writes the other.
+    S* buffers[2] = {space, space + num_nodes * width};
+    if constexpr (kSame)
+      if (width == d) buffers[0] = to, buffers[1] = space;
+    // The first layer reads x from a copy, if it must be rounded or is worth large pages.
+    const S* messages = buffers[num_layers % 2];
+    if (kSame && !large)
+      messages = reinterpret_cast<const S*>(from);
+    else
+      Copy(pool, from, d, buffers[num_layers % 2], num_nodes, width);
+    const T* outer = c + num_layers * stride;
+    auto layer = [&](int64_t l, auto* result, int64_t y_stride) {
+      const Layer<T, S, std::remove_pointer_t<decltype(result)>> one{
+          num_nodes, static_cast<int64_t>(columns.element_count()), width, splits.typed_data(),
+          columns.typed_data(), weights.typed_data(), messages, outer, c + l * stride, from,
+          result, d, y_stride, stride > 1};
+      far ? Apply<Far>(pool, one) : Apply<Near>(pool, one);
+      outer = nullptr;
+    };
+    for (int64_t l = num_layers - 1; l > 0; --l) {
+      layer(l, buffers[l % 2], width);
+      messages = buffers[l % 2];
+    }
+    layer(0, to, d);
+  };
   // One table after the other: several together would not fit into the cache.
   for (int64_t table = 0; table < num_tables; ++table)
-    for (int64_t slice = 0; slice < d; slice += width) {
-      // The last slice begins where it ends with the row, as the last pass of `Rows` does.
-      const int64_t first = std::min(slice, d - width), offset = stride > 1 ? first : 0;
-      const T* const c = coefficients.typed_data() + table * (num_layers + 1) * stride + offset;
-      const T* const from = x.typed_data() + (shared ? 0 : table * size) + first;
-      T* const to = y->typed_data() + table * size + first;
-      // Each layer but the last, 0, writes the buffer of its parity, from which the next one
-      // reads. The result's own may be one of them, unless rows of it are longer: layer 1 writes
-      // the other.
-      S* buffers[2] = {space, space + num_nodes * width};
-      if constexpr (kSame)
-        if (width == d) buffers[0] = to, buffers[1] = space;
-      // The first layer reads x from a copy, if it must be rounded or is worth large pages.
-      const S* messages = buffers[num_layers % 2];
-      if (kSame && !large)
-        messages = reinterpret_cast<const S*>(from);
-      else
-        Copy(pool, from, d, buffers[num_layers % 2], num_nodes, width);
-      const T* outer = c + num_layers * stride;
-      auto layer = [&](int64_t l, auto* result, int64_t y_stride) {
-        const Layer<T, S, std::remove_pointer_t<decltype(result)>> one{
-            num_nodes, static_cast<int64_t>(columns.element_count()), width, splits.typed_data(),
-            columns.typed_data(), weights.typed_data(), messages, outer, c + l * stride, from,
-            result, d, y_stride, stride > 1};
-        far ? Apply<Far>(pool, one) : Apply<Near>(pool, one);
-        outer = nullptr;
-      };
-      for (int64_t l = num_layers - 1; l > 0; --l) {
-        layer(l, buffers[l % 2], width);
-        messages = buffers[l % 2];
-      }
-      layer(0, to, d);
+    for (int64_t begin = 0; begin < d; begin += slice) {
+      // The last slice takes whole registers, too, and ends with the row.
+      const int64_t left = (d - begin + kVector - 1) / kVector * kVector;
+      const int64_t width = std::min(slice, left);
+      take(table, std::min(begin, d - width), width);
     }
   return ffi::Error::Success();
 }

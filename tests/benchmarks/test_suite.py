@@ -129,6 +129,14 @@ def test_the_page_goes_where_its_records_are(tmp_path, monkeypatch):
     assert (tmp_path / "RESULTS.md").read_text().startswith("# Benchmarks")
 
 
+def test_the_page_is_of_the_records(tmp_path):
+    """The project's own, as `python -m benchmarks page` leaves it."""
+    if not page.FOLDER.is_dir():
+        pytest.skip("the records behind the page are not here (a source distribution)")
+    page.write(page.FOLDER, tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == (page.FOLDER.parent / "RESULTS.md").read_text()
+
+
 def test_which_sizes_run():
     everything = cli.Options("all", sizes=("beauty", "10M"))
     assert cli.sizes_of("psi", everything) == ["beauty"]

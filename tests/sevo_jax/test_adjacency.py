@@ -470,20 +470,46 @@ def test_compiled_rows_of_any_width(num_layers, d, library):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "num_layers, messages", [(1, None), (2, None), (3, None), (2, "bfloat16")]
+    "dtype, num_nodes, d",
+    [("float32", 45_000, 50), ("float32", 25_000, 100), ("float64", 13_000, 100)],
 )
-def test_compiled_rows_of_a_large_table(num_layers, messages, library):
-    """From 8 MiB of messages on: a copy of slices of columns, rows asked for further ahead."""
-    num_nodes, d = 60, 35_010 if messages is None else 70_020  # some columns beside whole slices
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_compiled_rows_of_a_large_table(num_layers, dtype, num_nodes, d, library):
+    """From `kLarge` on a copy is read, on AMD in slices and with rows asked for earlier."""
     rng = np.random.default_rng(0)
-    graph: Any = sevo_jax.item_graph(rng.zipf(1.3, (20, 20)) % 60, num_nodes=num_nodes)
-    adjacency = sevo_jax.normalized_adjacency(graph, layout="compiled", messages=messages)
-    x, beta = _table(num_nodes, d), np.linspace(0, 0.99, d)
-    y = jax.jit(sevo_jax.smooth, static_argnames="num_layers")(
-        adjacency, jnp.asarray(x, jnp.float32), beta=jnp.asarray(beta), num_layers=num_layers
+    graph = sevo_jax.edge_graph(*rng.integers(num_nodes, size=(2, 4 * num_nodes)), num_nodes)
+    psi = jax.jit(sevo_jax.smooth, static_argnames="num_layers")
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.asarray(_table(num_nodes, d), dtype)
+        assert x.nbytes >= 8 << 20
+        compiled = sevo_jax.normalized_adjacency(graph, layout="compiled")
+        rows = sevo_jax.normalized_adjacency(graph, layout="rows")
+        for beta in 0.9, jnp.asarray(rng.random(d), dtype):
+            y = psi(compiled, x, beta=beta, num_layers=num_layers)
+            expected = psi(rows, x, beta=beta, num_layers=num_layers)
+            np.testing.assert_allclose(y, expected, atol=1e-12 if dtype == "float64" else 3e-6)
+
+
+@needs_compiler
+def test_large_tables_under_vmap_and_in_half_precision(library):
+    """As above, of two tables, and of one whose messages are large in half precision, too."""
+    num_nodes, d = 25_000, 170
+    rng = np.random.default_rng(0)
+    graph = sevo_jax.edge_graph(*rng.integers(num_nodes, size=(2, 4 * num_nodes)), num_nodes)
+    compiled, half, rows = (
+        sevo_jax.normalized_adjacency(graph, layout=layout, messages=messages)
+        for layout, messages in (("compiled", None), ("compiled", "bfloat16"), ("rows", None))
     )
-    expected = _expected(graph, x, beta, num_layers)
-    np.testing.assert_allclose(y, expected, atol=3e-6 if messages is None else 0.03)
+    x = jnp.asarray(_table(num_nodes, d), jnp.float32)
+    betas = jnp.asarray(rng.random((2, d)), jnp.float32)
+
+    def psi(adjacency, beta):
+        return sevo_jax.smooth(adjacency, x, beta=beta)
+
+    each = jax.jit(jax.vmap(psi, (None, 0)))
+    expected = each(rows, betas)
+    np.testing.assert_allclose(each(compiled, betas), expected, atol=3e-6)
+    np.testing.assert_allclose(each(half, betas), expected, atol=2e-2)
 
 
 @pytest.mark.parametrize(
