@@ -59,8 +59,8 @@ def without_times(folder: Path) -> list[dict]:
 
 def test_the_kept_module_gives_the_recorded_metrics(split, tmp_path):
     """At the best epoch by validation, which by this learning rate is not the last one."""
-    config = replace(TINY, eval_every=1, learning_rate=0.3, average_decay=0.9)
-    result = fit(config, split, (3, 5), tmp_path / "run")
+    config = replace(TINY, epochs=5, eval_every=1, learning_rate=0.3, average_decay=0.9)
+    result = fit(config, split, (2, 3, 5), tmp_path / "run")
     assert set(result.best_epoch) != {config.epochs}
     found = records.read(tmp_path / "run" / records.FILE)
     for seed, best in zip(result.seeds, result.best_epoch, strict=True):
