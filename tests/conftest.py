@@ -15,9 +15,9 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-# Programs here are many and run for milliseconds: without LLVM's optimizations and, where XLA lets
-# one choose, MLIR's fused operations they take half the time. Set `XLA_FLAGS`, even to nothing,
-# for those of users.
+# Programs here are many and run for milliseconds: without LLVM's optimizations and, where XLA
+# lets one choose, MLIR's fused operations they take half the time. Set `XLA_FLAGS`, even to
+# nothing, for those of users.
 XLA_FLAGS = (
     "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",  # jax 0.10
