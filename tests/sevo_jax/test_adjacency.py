@@ -481,7 +481,8 @@ def test_compiled_rows_of_any_width(num_layers, d, library):
 def test_compiled_rows_of_a_large_table(num_layers, dtype, num_nodes, d, library):
     """From `kLarge` on a copy is read, on AMD in slices and with rows asked for earlier."""
     rng = np.random.default_rng(0)
-    graph = sevo_jax.edge_graph(*rng.integers(num_nodes, size=(2, 4 * num_nodes)), num_nodes)
+    senders, receivers = rng.integers(num_nodes, size=(2, 4 * num_nodes))
+    graph = sevo_jax.edge_graph(senders, receivers, num_nodes)
     psi = jax.jit(sevo_jax.smooth, static_argnames="num_layers")
     with jax.enable_x64(dtype == "float64"):
         x = jnp.asarray(_table(num_nodes, d), dtype)
@@ -499,11 +500,11 @@ def test_large_tables_under_vmap_and_in_half_precision(library):
     """As above, of two tables, and of one whose messages are large in half precision, too."""
     num_nodes, d = 25_000, 170
     rng = np.random.default_rng(0)
-    graph = sevo_jax.edge_graph(*rng.integers(num_nodes, size=(2, 4 * num_nodes)), num_nodes)
-    compiled, half, rows = (
-        sevo_jax.normalized_adjacency(graph, layout=layout, messages=messages)
-        for layout, messages in (("compiled", None), ("compiled", "bfloat16"), ("rows", None))
-    )
+    senders, receivers = rng.integers(num_nodes, size=(2, 4 * num_nodes))
+    graph = sevo_jax.edge_graph(senders, receivers, num_nodes)
+    compiled = sevo_jax.normalized_adjacency(graph, layout="compiled")
+    half = sevo_jax.normalized_adjacency(graph, layout="compiled", messages="bfloat16")
+    rows = sevo_jax.normalized_adjacency(graph, layout="rows")
     x = jnp.asarray(_table(num_nodes, d), jnp.float32)
     betas = jnp.asarray(rng.random((2, d)), jnp.float32)
 
