@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -15,13 +15,12 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-# Programs here are many and run for milliseconds: without LLVM's optimizations and, where XLA
-# lets one choose, MLIR's fused operations they take half the time. Set `XLA_FLAGS`, even to
-# nothing, for those of users.
+# Programs here are many and run for milliseconds: without LLVM's optimizations and MLIR's fused
+# operations they take half the time. Set `XLA_FLAGS`, even to nothing, for those of users.
 XLA_FLAGS = (
     "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",  # jax 0.10
-    "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",  # jax 0.12
+    "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
+    "--xla_cpu_use_fusion_emitters=false",  # which jax 0.12 has no more
 )
 
 
@@ -32,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     file there, which costs the next a warning, and here warnings are errors.
     """
     if "XLA_FLAGS" not in os.environ:  # which the workers get from the process that starts them
-        os.environ["XLA_FLAGS"] = " ".join(filter(_xla_takes, XLA_FLAGS))
+        os.environ["XLA_FLAGS"] = " ".join(_that_xla_takes(XLA_FLAGS))
     folder = tempfile.mkdtemp(prefix="sevo_jax-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     jax.config.update("jax_compilation_cache_dir", f"{folder}/own")
@@ -41,11 +40,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
-def _xla_takes(flag: str) -> bool:
-    """XLA ends the process at a flag that it does not know, so another one asks."""
+def _that_xla_takes(flags: Sequence[str]) -> list[str]:
+    """XLA ends the process at a flag that it does not know, so other ones ask."""
     program = [sys.executable, "-c", "import jax; jax.devices()"]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
-    return subprocess.run(program, env=env, capture_output=True).returncode == 0
+    asked = []
+    for flag in flags:
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
+        asked.append(subprocess.Popen(program, env=env, stderr=subprocess.DEVNULL))
+    return [flag for flag, process in zip(flags, asked, strict=True) if process.wait() == 0]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -455,7 +455,9 @@ def test_what_the_compiler_says_is_passed_on(monkeypatch, tmp_path):
 
 
 @needs_compiler
-@pytest.mark.parametrize("d, num_layers", [(1, 1), (20, 1), (64, 2), (83, 3), (100, 5)])
+@pytest.mark.parametrize(
+    "d, num_layers", [(1, 1), (16, 0), (20, 1), (64, 2), (83, 3), (100, 5), (128, 5)]
+)
 def test_compiled_rows_of_any_width(num_layers, d, library):
     """All paths of the columns, and several pieces of work: 900 nodes, 40,000 edges."""
     rng = np.random.default_rng(0)
@@ -472,6 +474,12 @@ def test_compiled_rows_of_any_width(num_layers, d, library):
     np.testing.assert_allclose(y, _expected(graph, x, beta, num_layers), atol=3e-6)
 
 
+def _drawn_graph(num_nodes: int, rng: np.random.Generator) -> Any:
+    """Four edges for each node, drawn in no time."""
+    senders, receivers = rng.integers(num_nodes, size=(2, 4 * num_nodes))
+    return sevo_jax.edge_graph(senders, receivers, num_nodes)
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     "dtype, num_nodes, d",
@@ -481,8 +489,7 @@ def test_compiled_rows_of_any_width(num_layers, d, library):
 def test_compiled_rows_of_a_large_table(num_layers, dtype, num_nodes, d, library):
     """From `kLarge` on a copy is read, on AMD in slices and with rows asked for earlier."""
     rng = np.random.default_rng(0)
-    senders, receivers = rng.integers(num_nodes, size=(2, 4 * num_nodes))
-    graph = sevo_jax.edge_graph(senders, receivers, num_nodes)
+    graph = _drawn_graph(num_nodes, rng)
     psi = jax.jit(sevo_jax.smooth, static_argnames="num_layers")
     with jax.enable_x64(dtype == "float64"):
         x = jnp.asarray(_table(num_nodes, d), dtype)
@@ -500,8 +507,7 @@ def test_large_tables_under_vmap_and_in_half_precision(library):
     """As above, of two tables, and of one whose messages are large in half precision, too."""
     num_nodes, d = 25_000, 170
     rng = np.random.default_rng(0)
-    senders, receivers = rng.integers(num_nodes, size=(2, 4 * num_nodes))
-    graph = sevo_jax.edge_graph(senders, receivers, num_nodes)
+    graph = _drawn_graph(num_nodes, rng)
     compiled = sevo_jax.normalized_adjacency(graph, layout="compiled")
     half = sevo_jax.normalized_adjacency(graph, layout="compiled", messages="bfloat16")
     rows = sevo_jax.normalized_adjacency(graph, layout="rows")
