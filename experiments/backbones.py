@@ -71,11 +71,12 @@ def _next_item(num_items: int, config: Config) -> NextItem:
     return NextItem(
         config.loss,
         num_items,
-        config.num_negatives,
-        config.label_smoothing,
-        config.gbce_t,
-        config.pvn_weight,
-        config.loader_workers,
+        num_negatives=config.num_negatives,
+        label_smoothing=config.label_smoothing,
+        gbce_t=config.gbce_t,
+        # A preset may have it beside a loss that has no place for it.
+        pvn_weight=0.0 if "pvn_weight" in config.without_effect() else config.pvn_weight,
+        workers=config.loader_workers,
     )
 
 

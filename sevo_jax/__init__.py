@@ -2,6 +2,7 @@
 
 from sevo_jax import sharding
 from sevo_jax.adjacency import normalized_adjacency
+from sevo_jax.corrected_adam import ScaleByCorrectedAdamState, scale_by_corrected_adam
 from sevo_jax.graph import (
     attribute_graph,
     bipartite_graph,
@@ -13,10 +14,8 @@ from sevo_jax.optimizers import sevo_adam, sevo_adamw, sevo_sgd
 from sevo_jax.smoothing import smooth, smoothness
 from sevo_jax.transforms import (
     ResidualState,
-    ScaleByCorrectedAdamState,
     SmoothEveryState,
     eval_params,
-    scale_by_corrected_adam,
     sevo,
 )
 

@@ -80,8 +80,9 @@ def normalized_adjacency(
         return graph
     if not isinstance(graph, jraph.GraphsTuple):
         raise TypeError(
-            "`normalized_adjacency` takes a `jraph.GraphsTuple` or a prepared adjacency, but "
-            f"got {type(graph).__name__}. `item_graph` makes one from sequences."
+            "A graph is a `jraph.GraphsTuple`, or an adjacency that `normalized_adjacency` has "
+            f"prepared, but got {type(graph).__name__}. `item_graph` makes one from sequences, "
+            "`edge_graph` from the entries of a matrix."
         )
     check_choice("normalized_adjacency", "layout", layout, ("auto", *LAYOUTS))
     receivers, senders, weights, num_nodes = _edges(graph)

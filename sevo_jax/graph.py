@@ -46,7 +46,8 @@ def item_graph(
 
     Args:
       sequences: item ids in order, oldest first: a list of integer arrays, or a tuple
-        (values `[num_values]`, row_splits `[num_sequences + 1]`). Use training data only.
+        (values `[num_values]`, row_splits `[num_sequences + 1]`). Use training data only, and
+        without padding, which would pass for an item that everything follows.
         Or an iterator over blocks of sequences, each a list or such a tuple: then no more than
         a block is held at a time, beside the distinct pairs found so far, and the graph is the
         same. Memory-mapped `values` are read a part at a time as well.
@@ -82,9 +83,10 @@ def item_graph(
     if window is not None:
         check_positive("item_graph", "window", window)
     blocks = sequences if isinstance(sequences, Iterator) else iter([sequences])
+    hint = " An iterator yields blocks of rows, not rows." if blocks is sequences else ""
     pairs = [_Pairs(num_nodes) for _ in range(max_distance)]
     for block in blocks:
-        values, splits = ragged("item_graph", "sequences", block, num_nodes)
+        values, splits = ragged("item_graph", "sequences", block, num_nodes, hint)
         for part, part_splits in _cut(values, splits):
             part, part_splits = _crop(part, part_splits, window, keep)
             length = np.diff(part_splits)
@@ -186,7 +188,8 @@ def bipartite_graph(
     """
     check_count("bipartite_graph", "num_users", num_users)
     check_count("bipartite_graph", "num_items", num_items)
-    users, items = np.asarray(users), np.asarray(items)
+    users = as_array("bipartite_graph", "users", users)
+    items = as_array("bipartite_graph", "items", items)
     check_ids("bipartite_graph", "users", users, num_users, "num_users")
     check_ids("bipartite_graph", "items", items, num_items, "num_items")
     if users.shape != items.shape:
@@ -207,15 +210,16 @@ def attribute_graph(attributes: Ragged, *, max_items: int | None = None) -> jrap
     gives n (n - 1) edges, so one that nearly all items have makes the graph nearly complete.
 
     Args:
-      attributes: for each item the ids of its attributes: a list of integer arrays or a
-        tuple (values, row_splits), with one row per node.
+      attributes: for each item its attributes, integers or strings: a list of rows or a
+        tuple (values, row_splits), with one row per node. Not a matrix of zeros and ones:
+        `[np.flatnonzero(row) for row in matrix]` has the rows of one.
       max_items: ignore attributes that more items than this have.
 
     Returns:
       A graph with one node per row of `attributes`.
 
     Examples:
-      >>> graph = attribute_graph([[0, 1], [1], [0, 1]])
+      >>> graph = attribute_graph([["Drama", "Comedy"], ["Comedy"], ["Drama", "Comedy"]])
       >>> for edge in zip(graph.receivers, graph.senders, graph.edges):
       ...   print(*edge)
       0 1 1.0
@@ -227,13 +231,19 @@ def attribute_graph(attributes: Ragged, *, max_items: int | None = None) -> jrap
     """
     if max_items is not None:
         check_positive("attribute_graph", "max_items", max_items)
+    # As rows of ids, those of more than two columns would repeat themselves.
+    shape = getattr(attributes, "shape", ())
+    if len(shape) == 2 and shape[1] > 2 and np.isin(np.asarray(attributes), [0, 1]).all():
+        raise ValueError(
+            "`attribute_graph` takes rows of ids in `attributes`, but got a matrix of zeros "
+            "and ones. `[np.flatnonzero(row) for row in matrix]` has the ids."
+        )
     values, splits = ragged("attribute_graph", "attributes", attributes, None)
     num_nodes = len(splits) - 1
     numbers = np.unique(values, return_inverse=True)[1]  # ids may be of any size and type
-    members = np.unique(  # a repeated attribute counts once
-        np.stack([numbers, np.repeat(np.arange(num_nodes), np.diff(splits))]), axis=1
-    )
-    attribute, item = members
+    members = numbers * num_nodes + np.repeat(np.arange(num_nodes), np.diff(splits))
+    # A repeated attribute counts once.
+    attribute, item = np.divmod(np.unique(members), max(1, num_nodes))
     _, group, size = np.unique(attribute, return_inverse=True, return_counts=True)
     if max_items is not None:
         common = (size > max_items)[group]

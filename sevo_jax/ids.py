@@ -10,9 +10,12 @@ Ragged: TypeAlias = Sequence[Any] | np.ndarray | jax.Array | tuple[np.ndarray, n
 
 
 def ragged(
-    function: str, name: str, rows: Ragged, num_nodes: int | None
+    function: str, name: str, rows: Ragged, num_nodes: int | None, hint: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Validated values `[num_values]` and row splits `[num_rows + 1]`."""
+    """Validated values `[num_values]` and row splits `[num_rows + 1]`.
+
+    Where nothing limits the ids, they may be strings. The hint is for rows that are none.
+    """
     if isinstance(rows, tuple) and len(rows) == 2:
         values, splits = np.atleast_1d(rows[0]), np.asarray(rows[1])
         if (
@@ -38,23 +41,29 @@ def ragged(
                 f"`{function}` takes a list of rows of integers in `{name}`, but got a "
                 f"{type(rows).__name__}, which hands out its keys or columns."
             )
-        parts = [_row(function, name, i, row) for i, row in enumerate(rows)]
+        parts = [_row(function, name, i, row, hint) for i, row in enumerate(rows)]
         values = np.concatenate([row for row in parts if len(row)] or [np.zeros(0, np.int32)])
         splits = np.cumsum([0, *map(len, parts)])
-    check_ids(function, name, values, num_nodes, "num_nodes")
+    if num_nodes is not None or values.dtype.kind != "U":
+        check_ids(function, name, values, num_nodes, "num_nodes")
     return values, splits.astype(np.int64)
 
 
-def _row(function: str, name: str, index: int, row: Any) -> np.ndarray:
+def _row(function: str, name: str, index: int, row: Any, hint: str) -> np.ndarray:
     try:
         array = np.asarray(row)
-    except ValueError:  # NumPy refuses nested lists of unequal lengths
-        array = np.empty((0, 0))
-    if array.ndim != 1:
-        hint = " An iterator yields blocks of rows, not rows." if array.ndim == 0 else ""
+        found = f"of shape {array.shape}"
+    except ValueError:
+        array, found = None, "of rows of unequal lengths"
+    if array is None or array.ndim != 1:
         raise ValueError(
-            f"`{function}` takes `{name}` as a list of flat integer arrays, one per row, but "
-            f"row {index} is {type(row).__name__} of shape {array.shape or '()'}.{hint}"
+            f"`{function}` takes `{name}` as a list of flat arrays of ids, one per row, but "
+            f"row {index} is {type(row).__name__} {found}.{hint}"
+        )
+    if np.ma.is_masked(row):  # NumPy would drop the mask
+        raise ValueError(
+            f"`{function}`: row {index} of `{name}` has masked entries. Give what is left of "
+            "it, `row.compressed()`."
         )
     if array.dtype == np.uint64 and (not len(array) or array.max() < 2**63):
         return array.astype(np.int64)  # beside int64, NumPy would make floats of both

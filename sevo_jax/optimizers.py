@@ -7,10 +7,17 @@ import jax.numpy as jnp
 import optax
 
 from sevo_jax.adjacency import Graph, normalized_adjacency
+from sevo_jax.corrected_adam import scale_by_corrected_adam
 from sevo_jax.layouts import Adjacency
-from sevo_jax.smoothing import Isolated, Method, check_decays
+from sevo_jax.smoothing import (
+    Isolated,
+    Method,
+    check_decays,
+    check_numbers,
+    check_schedules,
+)
 from sevo_jax.tables import Tables, is_stack, table_mask
-from sevo_jax.transforms import scale_by_corrected_adam, sevo
+from sevo_jax.transforms import sevo
 
 
 def sevo_adamw(
@@ -100,6 +107,13 @@ def sevo_adamw(
     # First of all: swapped with the rate, it is refused by its name.
     adjacency = normalized_adjacency(graph)
     check_decays("sevo_adamw", b1=b1, b2=b2)
+    check_numbers("sevo_adamw", eps=eps, eps_root=eps_root)
+    check_schedules("sevo_adamw", learning_rate=learning_rate, weight_decay=weight_decay)
+    if isinstance(mask, str):  # Optax takes it for true, of all parameters
+        raise TypeError(
+            "`sevo_adamw` takes `mask` as a tree of bools or a function of the parameters that "
+            f"returns one, but got {mask!r}."
+        )
     moments = scale_by_corrected_adam if correct_moments else optax.scale_by_adam
     adam: Any = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
     rate = optax.scale_by_learning_rate(learning_rate)
@@ -193,6 +207,8 @@ def sevo_adam(
     """
     adjacency = normalized_adjacency(graph)
     check_decays("sevo_adam", b1=b1, b2=b2)
+    check_numbers("sevo_adam", eps=eps, eps_root=eps_root)
+    check_schedules("sevo_adam", learning_rate=learning_rate, weight_decay=weight_decay)
     step = optax.chain(
         _l2(weight_decay),
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root),
@@ -280,6 +296,7 @@ def sevo_sgd(
     """
     adjacency = normalized_adjacency(graph)
     check_decays("sevo_sgd", momentum=momentum)
+    check_schedules("sevo_sgd", learning_rate=learning_rate, weight_decay=weight_decay)
     step = optax.chain(
         _l2(weight_decay),
         optax.trace(decay=momentum, nesterov=nesterov),

@@ -33,16 +33,17 @@ def smooth(
       \hat\psi(X; \beta) = \frac{1-\beta}{1-\beta^{L+1}} \sum_{l=0}^{L} \beta^l \tilde A^l X
 
     where :math:`\tilde A` is the `adjacency`, :math:`X` is `x` and :math:`L` is `num_layers`.
-    It is linear in `x`, symmetric positive definite, and keeps the vector of square roots of
-    the degrees. Larger :math:`\beta` means smoother; 0 is the identity. Derivatives take the
-    adjacency for a constant. Those in forward mode (`jax.jvp`, `jax.hessian`) and
-    `jax.linear_transpose` exist in the layouts `"edges"`, `"dense"` and `"padded"` only, those
-    in reverse mode in all.
+    It is linear in `x` and symmetric. With the default `method` and `rescale` it is positive
+    definite, too, and keeps the vector of square roots of the degrees. Larger :math:`\beta`
+    means smoother; 0 is the identity. Derivatives take the adjacency for a constant. Those in
+    forward mode (`jax.jvp`, `jax.hessian`) and `jax.linear_transpose` exist in the layouts
+    `"edges"`, `"dense"` and `"padded"` only, those in reverse mode in all.
 
     Args:
       adjacency: prepared by :func:`normalized_adjacency`, or a graph.
       x: table `[num_nodes, d]`. Half precision is smoothed in float32 and cast back.
-      beta: strength in [0, 1), a scalar or `[d]`, one for each column. May be traced.
+      beta: strength in [0, 1), a scalar or `[d]`, one for each column. May be traced; traced,
+        it may reach 1, where the exact method gives NaN.
       num_layers: how many hops a row can reach, the paper's L. The exact method has no limit.
       method: `"neumann"`; or `"iterative"` for
         :math:`\beta^L \tilde A^L X + (1-\beta) \sum_{l<L} \beta^l \tilde A^l X`; or `"exact"`
@@ -92,7 +93,10 @@ def smooth(
             # A float64 may be below 1 and yet be 1 in the type of the table.
             rounded = np.asarray(beta).astype(wide.dtype)
             check_share("smooth", "beta", rounded, "a number or an array")
-        y = adjacency.columnwise(_solve, jnp.asarray(beta, wide.dtype).reshape(1, -1), wide)
+        strength = jnp.asarray(beta, wide.dtype).reshape(1, -1)
+        y = adjacency.columnwise(_solve, strength, wide)
+        if isinstance(beta, Tracer):
+            y = jnp.where(strength < 1, y, jnp.nan)  # where there is no inverse, _solve gives 0
     else:
         coefs = coefficients(beta, num_layers, method, rescale)
         stacked = jnp.stack([jnp.asarray(c, wide.dtype).reshape(1, -1) for c in coefs])
@@ -240,15 +244,32 @@ def check_decays(function: str, **decays: Any) -> None:
         check_share(function, name, decay, "a number or an array")
 
 
+def check_numbers(function: str, **values: Any) -> None:
+    """Refuse what is no number, which would fail far from its name."""
+    for name, value in values.items():
+        _check_number(function, name, value, "a number or an array")
+
+
+def check_schedules(function: str, **values: Any) -> None:
+    """Refuse what is neither a number nor a schedule."""
+    for name, value in values.items():
+        if not callable(value):
+            _check_number(function, name, value, "a number, an array or a schedule")
+
+
 def check_share(function: str, name: str, value: Any, kinds: str) -> None:
     """Refuse what is no number in [0, 1) nor an array of such; a traced one is not known."""
+    _check_number(function, name, value, kinds)
     if isinstance(value, Tracer):
         return
+    if not np.all((np.asarray(value) >= 0) & (np.asarray(value) < 1)):
+        raise ValueError(f"`{function}`: `{name}` must lie in [0, 1), got {value}.")
+
+
+def _check_number(function: str, name: str, value: Any, kinds: str) -> None:
     real = isinstance(value, int | float) or (
         hasattr(value, "dtype")
         and any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))
     )
     if not real:
         raise TypeError(f"`{function}` takes `{name}` as {kinds}, but got {value!r}.")
-    if not np.all((np.asarray(value) >= 0) & (np.asarray(value) < 1)):
-        raise ValueError(f"`{function}`: `{name}` must lie in [0, 1), got {value}.")

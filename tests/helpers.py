@@ -213,5 +213,5 @@ PLACEMENTS: dict[str, Factory] = {
 
 
 def of_tables(state: Any, name: str) -> Any:
-    """What the state of one of the library's optimizers has of its tables, such as `"mu"`."""
+    """What the state of one of the library's optimizers has of its tables, as `"mu_hat"`."""
     return optax.tree.get(optax.tree.get(state, "inner_states")["table"], name)

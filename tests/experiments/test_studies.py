@@ -53,7 +53,7 @@ def test_monitors_measure_both_sides_of_psi_and_change_nothing(x64):
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
         # The direction before the smoothing, as the state of the plain chain has it.
-        mu, nu = (of_tables(states[1], name) for name in ("mu", "nu"))
+        mu, nu = (of_tables(states[1], name) for name in ("mu_hat", "nu_hat"))
         direction = mu["item_embedding"] / (np.sqrt(nu["item_embedding"]) + config.eps)
         after = reference_smooth(
             reference_normalized(dense(graph)), direction, 0.9, 3, "neumann"

@@ -304,7 +304,7 @@ def test_touched_rows_are_those_of_the_batch(touched):
     )
     state, _ = trainer.epoch(start(trainer)[0], 1)
     kept: Any = state.opt_state
-    (moments,) = jax.tree.leaves(of_tables(kept, "nu"))
+    (moments,) = jax.tree.leaves(of_tables(kept, "nu_hat"))
     moved = np.any(np.asarray(moments[0]), axis=1)
     assert moved[1:4].all()  # row 0 stands in the free slots
     assert moved[4:].all() == moved[4:].any() == (not touched)

@@ -111,8 +111,10 @@ def _raw_moments(record: Golden, state: Any, t: int) -> dict[str, dict[str, np.n
         if record.case["optimizer"] == "SGDSEvo":
             moments[prefix] = {"momentum_buffer": pick(optax.tree.get(group, "trace"))}
             continue
-        mu, nu = pick(optax.tree.get(group, "mu")), pick(optax.tree.get(group, "nu"))
-        if record.case["optimizer"] == "AdamWSEvo" and not prefix:  # ours are bias-corrected
+        corrected = record.case["optimizer"] == "AdamWSEvo" and not prefix
+        names = ("mu_hat", "nu_hat") if corrected else ("mu", "nu")
+        mu, nu = (pick(optax.tree.get(group, name)) for name in names)
+        if corrected:
             b1, b2 = record.case["kwargs"]["betas"]
             mu, nu = mu * (1 - b1**t), nu * (1 - b2**t)
         moments[prefix] = {"exp_avg": mu, "exp_avg_sq": nu}

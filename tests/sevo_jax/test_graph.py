@@ -283,7 +283,32 @@ def test_ten_million_interactions():
         (lambda: sevo_jax.item_graph([["a"]], 3), TypeError, "integer ids"),
         (lambda: sevo_jax.item_graph([[True]], 3), TypeError, "integer ids .* bool"),
         (lambda: sevo_jax.item_graph([[0], [[1], [2, 0]]], 3), ValueError, "row 1 is list"),
-        (lambda: sevo_jax.item_graph([0, 1], 3), ValueError, "row 0 is int of shape"),
+        (lambda: sevo_jax.item_graph([0, 1], 3), ValueError, r"row 0 is int of shape \(\).$"),
+        (
+            lambda: sevo_jax.item_graph([(0, [1, 2])], 3),
+            ValueError,
+            "row 0 is tuple of rows of unequal lengths",
+        ),
+        (
+            lambda: sevo_jax.item_graph(np.ma.masked_equal([[1, 2], [0, 1]], 0), 3),
+            ValueError,
+            "row 1 of `sequences` has masked entries",
+        ),
+        (
+            lambda: sevo_jax.attribute_graph(np.eye(4, 3, dtype=int)),
+            ValueError,
+            "rows of ids in `attributes`, but got a matrix of zeros and ones",
+        ),
+        (
+            lambda: sevo_jax.attribute_graph(np.eye(4, 3, dtype=bool)),
+            ValueError,
+            "rows of ids in `attributes`, but got a matrix of zeros and ones",
+        ),
+        (
+            lambda: sevo_jax.bipartite_graph([[0], [1, 2]], [0], 3, 3),
+            ValueError,
+            "an array in `users`, but its rows differ in length",
+        ),
         (lambda: sevo_jax.item_graph(([0, 1], [0, 1]), 3), ValueError, "row splits"),
         (lambda: sevo_jax.item_graph(([0, 1], [0, 2, 1, 2]), 3), ValueError, "row splits"),
         (lambda: sevo_jax.item_graph(([0, 1], [0.0, 2.0]), 3), ValueError, "row splits"),

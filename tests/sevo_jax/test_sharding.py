@@ -95,7 +95,7 @@ def test_row_shardings(explicit):
             ValueError,
             "`min_rows` must be an integer of at least 0 and below 2.*31, got 'a'",
         ),
-        ({"graph": None}, TypeError, "takes a `jraph.GraphsTuple`"),
+        ({"graph": None}, TypeError, "is a `jraph.GraphsTuple`"),
     ],
 )
 def test_bad_input(kwargs, error, message):

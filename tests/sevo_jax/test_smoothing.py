@@ -285,6 +285,16 @@ def test_numpy_tables_may_be_constants_of_a_mapped_program(layout):
     np.testing.assert_allclose(mapped, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_where_there_is_no_inverse_the_exact_method_gives_no_number():
+    beta = jnp.array([0.5, 1.0])
+
+    @jax.jit
+    def smooth(beta):
+        return sevo_jax.smooth(random_graph(), jnp.ones((20, 2)), beta=beta, method="exact")
+
+    np.testing.assert_array_equal(np.isnan(smooth(beta)), np.tile([False, True], (20, 1)))
+
+
 @pytest.mark.parametrize("method", ["neumann", "iterative", "exact"])
 def test_beta_of_half_precision_means_its_number(method):
     """Its powers are not rounded. `inject_hyperparams` casts it to the parameters' type."""

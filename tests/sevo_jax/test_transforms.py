@@ -54,9 +54,9 @@ def test_adamw_equals_the_loops_of_the_official_code(x64):
     expected, m, v = reference_adamw(adjacency, table, grads, **SETTINGS)[-1]
     params, state = _run(_sevo_adamw(graph), jnp.asarray(grads), jnp.asarray(table))
     np.testing.assert_allclose(params, expected, atol=1e-7)  # float32 edge weights
-    moments = of_tables(state, "mu")
+    moments = of_tables(state, "mu_hat")
     np.testing.assert_allclose(moments * (1 - SETTINGS["b1"] ** 25), m, atol=1e-13)
-    moments = of_tables(state, "nu")
+    moments = of_tables(state, "nu_hat")
     np.testing.assert_allclose(moments * (1 - SETTINGS["b2"] ** 25), v, atol=1e-13)
 
 
@@ -78,12 +78,12 @@ def test_a_row_without_gradient_keeps_its_direction():
     grads = jnp.array([[1.0, -2.0], [3.0, 0.0]])
     state = solver.init(grads)
     first, state = solver.update(grads, state)
-    mu, nu = state.mu, state.nu
+    mu, nu = state.mu_hat, state.nu_hat
     for _ in range(5):
         updates, state = solver.update(grads.at[0].set(-0.0), state)
     np.testing.assert_array_equal(updates[0], first[0])
-    np.testing.assert_array_equal(state.mu[0], mu[0])  # not even rounded
-    np.testing.assert_array_equal(state.nu[0], nu[0])
+    np.testing.assert_array_equal(state.mu_hat[0], mu[0])  # not even rounded
+    np.testing.assert_array_equal(state.nu_hat[0], nu[0])
     assert state.count == 6
     never = solver.init(grads)
     updates, never = solver.update(jnp.zeros((2, 2)), never)
@@ -100,7 +100,7 @@ def test_step_of_the_running_mean_in_float32(b, traced, t):
     _, state = solver.update(jnp.ones((1, 1)), state)
     exact = float(decay)
     expected = (1 - exact) / -np.expm1(t * np.log1p(exact - 1)) if exact else 1.0
-    np.testing.assert_allclose(state.mu, expected, rtol=3e-6)
+    np.testing.assert_allclose(state.mu_hat, expected, rtol=3e-6)
 
 
 def test_a_decay_for_each_column_in_numpy_and_in_jax():
@@ -111,7 +111,7 @@ def test_a_decay_for_each_column_in_numpy_and_in_jax():
         _, state = solver.update(g, solver.init(g))
         _, state = solver.update(2 * g, state)
         old = 1 - (1 - decays) / (1 - decays**2)
-        np.testing.assert_allclose(state.mu, old * g + (1 - old) * 2 * g, rtol=3e-6)
+        np.testing.assert_allclose(state.mu_hat, old * g + (1 - old) * 2 * g, rtol=3e-6)
 
 
 def test_count_saturates_instead_of_overflowing():
@@ -130,7 +130,7 @@ def test_moments_of_half_precision_move():
     for _ in range(10):
         updates, state = solver.update(jnp.ones_like(params), state)
     assert updates.dtype == jnp.bfloat16
-    np.testing.assert_allclose(state.nu, 1 - 0.999**10, rtol=1e-4)
+    np.testing.assert_allclose(state.nu_hat, 1 - 0.999**10, rtol=1e-4)
 
 
 @pytest.mark.parametrize("as_tree", [False, True])
@@ -147,11 +147,11 @@ def test_touched_rows_can_be_given(as_tree):
         updates, by_mask = jax.jit(solver.update)(tree, by_mask, params, touched=touched)
         np.testing.assert_allclose(updates["item"], expected["item"], rtol=1e-5, atol=1e-8)
     # The mask decides, not the zeros: a touched row with a zero gradient decays.
-    mu = of_tables(by_mask, "mu")["item"]
+    mu = of_tables(by_mask, "mu_hat")["item"]
     everywhere = {"item": jnp.ones(20, bool), "w": True} if as_tree else jnp.ones(20, bool)
     tree = {"item": jnp.zeros((20, 3)), "w": jnp.ones(2)}
     _, state = solver.update(tree, by_mask, params, touched=everywhere)
-    decayed = of_tables(state, "mu")["item"]
+    decayed = of_tables(state, "mu_hat")["item"]
     assert ((abs(decayed) < abs(mu)) | (mu == 0)).all() and (mu != 0).any()
 
 
@@ -161,7 +161,7 @@ def test_touched_rows_inside_of_a_partition_of_the_users():
     solver = optax.partition(inner, {"item": "train", "w": "train", "fixed": "not"})
     touched = {"item": jnp.arange(20) < 3, "w": True, "fixed": True}
     _, state = solver.update(params, solver.init(params), params, touched=touched)
-    (mu,) = jax.tree.leaves(of_tables(optax.tree.get(state, "train"), "mu"))
+    (mu,) = jax.tree.leaves(of_tables(optax.tree.get(state, "train"), "mu_hat"))
     np.testing.assert_array_equal((mu != 0).any(axis=1), touched["item"])
 
 
@@ -232,7 +232,7 @@ def test_functions_may_look_at_the_parameters():
     moved, state = _run(solver, [zeros], params)
     for name, expected in {"item": 1.0, "w": 0.95, "bias": 1.0}.items():
         np.testing.assert_allclose(moved[name], expected, rtol=1e-6)
-    (moments,) = jax.tree.leaves(of_tables(state, "mu"))
+    (moments,) = jax.tree.leaves(of_tables(state, "mu_hat"))
     assert moments.shape == (20, 3)
 
 
@@ -679,7 +679,7 @@ class TestNaN:
         updates, state = solver.update(self.bad, solver.init(params), params)
         np.testing.assert_array_equal(np.isnan(updates).all(axis=1), self.near)
         np.testing.assert_array_equal(np.isnan(updates).any(axis=1), self.near)
-        mu = of_tables(state, "mu")
+        mu = of_tables(state, "mu_hat")
         np.testing.assert_array_equal(np.isnan(mu).any(axis=1), np.arange(20) == 5)
         updates, _ = solver.update(self.good, state, params)  # it does not wear off
         np.testing.assert_array_equal(np.isnan(updates).any(axis=1), self.near)
@@ -745,11 +745,36 @@ def test_bad_arguments_of_the_optimizers():
     with pytest.raises(ValueError, match=r"`sevo_sgd`: `momentum` must lie in \[0, 1\)"):
         sevo_jax.sevo_sgd(0.1, random_graph(), momentum=1.5)
     for factory in (sevo_jax.sevo_adamw, sevo_jax.sevo_adam, sevo_jax.sevo_sgd):
-        with pytest.raises(TypeError, match="takes a `jraph.GraphsTuple` .* but got float"):
+        with pytest.raises(TypeError, match="is a `jraph.GraphsTuple`.* but got float"):
             factory(random_graph(), 0.1)
         prepared = sevo_jax.normalized_adjacency(random_graph())
-        with pytest.raises(TypeError, match="takes a `jraph.GraphsTuple` .* but got float"):
+        with pytest.raises(TypeError, match="is a `jraph.GraphsTuple`.* but got float"):
             factory(prepared, 0.1)
+        with pytest.raises(TypeError, match="takes `learning_rate` as a .* but got '0.1'"):
+            factory("0.1", prepared)
+        with pytest.raises(TypeError, match="takes `weight_decay` as a .* but got None"):
+            factory(0.1, prepared, weight_decay=None)
+    for factory in (sevo_jax.sevo_adamw, sevo_jax.sevo_adam):
+        with pytest.raises(TypeError, match="takes `eps` as a number .* but got None"):
+            factory(0.1, random_graph(), eps=None)
+    with pytest.raises(TypeError, match="takes `eps_root` as a number .* but got None"):
+        sevo_jax.scale_by_corrected_adam(eps_root=None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="takes `mask` as a tree of bools .* but got 'bias'"):
+        sevo_jax.sevo_adamw(0.1, random_graph(), mask="bias")
+
+
+def test_states_of_plain_and_corrected_moments_do_not_mix():
+    """The same arrays mean other moments."""
+    params = jnp.ones((20, 2))
+    corrected = sevo_jax.sevo_adamw(0.1, random_graph())
+    plain = sevo_jax.sevo_adamw(0.1, random_graph(), correct_moments=False)
+    for one, other in ((corrected, plain), (plain, corrected)):
+        saved = serialization.to_bytes(one.init(params))
+        serialization.from_bytes(one.init(params), saved)
+        with pytest.raises(ValueError, match="do not match"):
+            serialization.from_bytes(other.init(params), saved)
+    with pytest.raises(ValueError, match="a ScaleByCorrectedAdamState, but is ScaleByAd"):
+        corrected.update(params, plain.init(params), params)
 
 
 @pytest.mark.parametrize("factory", [sevo_jax.sevo_adamw, sevo_jax.sevo_adam])
