@@ -26,7 +26,7 @@ import tyro
 from benchmarks.sharded_step import Size, training_step
 from benchmarks.targets import SOURCES, TARGETS, mesh_of, missing
 from experiments import records
-from experiments.config import preset
+from experiments.presets import preset
 
 CONFIG = preset("sasrec", "amazon_beauty", "sevo_adamw")
 

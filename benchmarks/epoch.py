@@ -10,8 +10,8 @@ import numpy as np
 from benchmarks.graphs import Log, log_of
 from benchmarks.measure import turns
 from benchmarks.step import epochs
-from experiments.config import preset
 from experiments.dataset import Split
+from experiments.presets import preset
 from experiments.ranking import collect, metrics, ranking_data
 from experiments.run import make_trainer, start
 

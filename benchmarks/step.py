@@ -16,7 +16,8 @@ from benchmarks.graphs import log_of
 from benchmarks.measure import on_accelerator, turns
 from experiments.backbones import BACKBONES, TABLE, make_optimizer
 from experiments.batching import Batch, epoch_order, sample_batch
-from experiments.config import Config, preset
+from experiments.config import Config
+from experiments.presets import preset
 from experiments.run import make_trainer, start
 from experiments.training import Trainer
 from models.losses import bce

@@ -14,12 +14,14 @@ from rich.table import Table
 
 from experiments import study
 from experiments.backbones import fixed
-from experiments.config import Config, Loss, preset
+from experiments.config import Config, Loss
 from experiments.distillation import TEACHER, distillation
 from experiments.main_job import check_out, show, split_of
 from experiments.options import Ablate
+from experiments.presets import preset
 from experiments.ranking import METRICS
-from experiments.run import SELECTION, Result, fit_sweep, load_run
+from experiments.run import SELECTION, Result, fit_sweep
+from experiments.run_folder import load_run
 from experiments.statistics import spread
 
 BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)

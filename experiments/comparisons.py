@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import false_discovery_control
 
-from experiments.config import PRESETS, SEVO_ONLY, Config, Optimizer, known_name, preset
+from experiments.config import SEVO_ONLY, Config, Optimizer
 from experiments.per_user import UserRanks, align, choose, combine, per_user, read_ranks
+from experiments.presets import PRESETS, known_name, preset
 from experiments.published import SEEDS, has_other_sizes, published
 from experiments.statistics import SeedTest, UserTest, holm, paired_bootstrap, paired_t
 from experiments.tables import (

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from experiments.config import Config, Model, preset, preset_name
+from experiments.config import Config, Model
 from experiments.dataset import Dataset, Split, leave_one_out
 from experiments.main_job import split_of
 from experiments.options import Ablate
+from experiments.presets import preset, preset_name
 from experiments.published import TRAINING_SECONDS
 from experiments.ranking import ranking_data
 from experiments.run import make_trainer, start

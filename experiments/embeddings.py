@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-
-matplotlib.use("Agg")  # no display on a server
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.console import Console
 
 from experiments.backbones import BACKBONES
-from experiments.config import Config, preset
+from experiments.config import Config
 from experiments.dataset import Attributes, Split
 from experiments.main_job import split_of
 from experiments.options import Ablate
+from experiments.presets import preset
 from experiments.run import make_trainer, start
 from experiments.statistics import spread
 from experiments.study import Finding
@@ -249,14 +248,11 @@ def _draw(
     betas = sorted({beta for beta, _ in points})
     epochs = sorted({epoch for _, epoch in points})
     shape = len(betas), len(epochs)
-    figure, axes = plt.subplots(
-        *shape,
-        figsize=(2.4 * shape[1], 2.4 * shape[0] + 0.6),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = 2.4 * shape[1], 2.4 * shape[0] + 0.6
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False)
     few = len(groups.names) <= 10
-    colors = plt.get_cmap("tab10" if few else "gist_rainbow")(
+    colors = matplotlib.colormaps["tab10" if few else "gist_rainbow"](
         np.arange(10) if few else np.linspace(0, 1, len(groups.names))
     )
     for i, beta in enumerate(betas):
@@ -266,10 +262,9 @@ def _draw(
             axis.set(xticks=[], yticks=[], title=f"beta {beta}, epoch {epoch}")
     if few:
         used = colors[: len(groups.names)]
-        marks = [plt.Line2D([], [], marker="o", ls="", color=color) for color in used]
+        marks = [Line2D([], [], marker="o", ls="", color=color) for color in used]
         columns = max(1, 2 * shape[1] // 3)  # as many names as fit
         legend = {"loc": "outside lower center", "ncols": columns, "frameon": False}
         figure.legend(marks, groups.names, **legend)
     figure.suptitle(f"{method} of the items' embeddings")
     figure.savefig(to, dpi=110)
-    plt.close(figure)

@@ -8,11 +8,8 @@ from html import escape
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")  # no display on a server
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments.tables import Records, by_epoch, config_of
 
@@ -51,8 +48,9 @@ def curves(
     Returns:
       An `<svg>` element that refers to nothing outside of itself.
     """
-    with plt.rc_context(_STYLE | {"svg.hashsalt": title}):
-        figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        axis = figure.subplots()
         for place, (run, records) in enumerate(runs):
             epochs, low, mean, high = _spread(records, kind, name)
             color = f"C{place % 10}"
@@ -72,8 +70,7 @@ def curves(
             axis.legend()
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-        plt.close(figure)
-    return _inline(text.getvalue(), title)
+        return _inline(text.getvalue(), title)
 
 
 def _spread(

@@ -15,15 +15,17 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from experiments.config import Config, known_name
+from experiments.config import Config
 from experiments.dataset import Dataset, Split, global_time_split, leave_one_out
 from experiments.loaders import instants, load
 from experiments.mesh import make_mesh
 from experiments.options import Job, Train
 from experiments.plots import plot_run
+from experiments.presets import known_name
 from experiments.published import SIZES, has_other_sizes, published
 from experiments.ranking import METRICS
-from experiments.run import SELECTION, Progress, Result, check_free, fit
+from experiments.run import SELECTION, Result, fit
+from experiments.run_folder import Progress, check_free
 from experiments.statistics import spread
 from experiments.synthetic import synthetic
 

@@ -220,7 +220,8 @@ class MeshTrainer(Trainer):
         self._most_slots = jax.jit(self._most_slots, out_shardings=everywhere)
         self._epoch_jit = jax.jit(
             self._epoch_jit,
-            static_argnums=4,
+            static_argnums=5,
+            donate_argnums=0,
             out_shardings=(places.params, places.opt_state, everywhere),
         )
         self._rank_jit = jax.jit(self._rank_jit, static_argnums=3, out_shardings=everywhere)

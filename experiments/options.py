@@ -19,9 +19,8 @@ from experiments.config import (
     Schedule,
     Touched,
     Windows,
-    preset,
-    preset_name,
 )
+from experiments.presets import preset, preset_name
 
 
 @dataclass(kw_only=True)

@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display on a server
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments import records
 from experiments.tables import by_epoch
@@ -24,7 +20,8 @@ def plot_run(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     found = records.read(folder / records.FILE)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, kind, name in zip(axes, ("epoch", "valid"), ("loss", "NDCG@10"), strict=True):
         if curve := dict(sorted(by_epoch(found, kind, name).items())):
             epochs, values = list(curve), np.array(list(curve.values()))  # [epochs, seeds]
@@ -37,5 +34,4 @@ def plot_run(folder: str | Path) -> Path:
     figure.suptitle(f"{folder.parent.name}, {folder.name}")
     path = folder / "curves.png"
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path

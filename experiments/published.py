@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from experiments.config import Config, known_name, preset
+from experiments.config import Config
+from experiments.presets import known_name, preset
 
-# HR@1, HR@5, HR@10, NDCG@5, NDCG@10.
 _NAMES = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10")
 
 # SEvo-AdamW: mean and standard deviation of the five runs in the official code's logs.

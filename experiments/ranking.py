@@ -105,7 +105,8 @@ def _lay_out(part: Evaluation, max_length: int, chunks: int, chunk_size: int):
 
     # Distinct (row, item) pairs, so that an item met twice is not masked twice.
     rows = np.repeat(np.arange(num), history)
-    pairs = np.unique(np.stack([rows, part.history_values], axis=1), axis=0)
+    count = int(part.history_values.max(initial=0)) + 1  # of ids; sorting pairs takes longer
+    pairs = np.stack(np.divmod(np.unique(rows * count + part.history_values), count), axis=1)
     borders = np.searchsorted(pairs[:, 0], np.arange(1, chunks) * chunk_size)
     masked = np.split(pairs - (pairs[:, :1] // chunk_size) * [chunk_size, 0], borders)
     starts = part.history_splits[1:] - length

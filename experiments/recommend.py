@@ -11,7 +11,7 @@ from rich.table import Table
 from experiments.backbones import BACKBONES
 from experiments.options import Recommend
 from experiments.ranking import Histories
-from experiments.run import load_run
+from experiments.run_folder import load_run
 from models.layers import check_sizes
 
 

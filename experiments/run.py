@@ -1,19 +1,14 @@
 """One run: train the seeds of a configuration, validate, keep records and checkpoints, test.
 
-A run lives in a folder: `run.json` (what was asked for), `records.jsonl`, `checkpoints/`,
-`item_ids.npy` (external ids, for recommending) and at the end `ranks.npz` (the rank of every
-test target). A sweep trains several settings in one compiled program; each has such a folder
-of its own, but for the checkpoints, which are in the folder above. The whole state is saved as
-training goes on, so that a run that was interrupted goes on from there and ends with the same
-bits as one that was not; on a GPU up to the order of sums.
+The whole state is saved as training goes on, so that a run that was interrupted goes on from
+there and ends with the same bits as one that was not; on a GPU up to the order of sums.
+`run_folder` says where.
 """
 
 import functools
-import json
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
 from experiments import records
@@ -42,46 +35,14 @@ from experiments.batching import training_data
 from experiments.config import Config, check_seeds
 from experiments.dataset import Split
 from experiments.distillation import distilled, teacher_graph
-from experiments.mesh import MeshTrainer, Streams, check_mesh, split_graph, trim
+from experiments.mesh import MeshTrainer, Streams, check_mesh, split_graph
 from experiments.per_user import bucket_metrics, history_lengths, target_popularity
 from experiments.ranking import Ranks, collect, metrics, ranking_data
+from experiments.run_folder import Progress, checkpoints, claim, restore, save
 from experiments.training import Trainer, TrainState
 
-RUN = "run.json"
-CHECKPOINTS = "checkpoints"
 SELECTION = "NDCG@10"  # the validation metric that picks the best epoch
 SAVING = 0.05  # the share of the time that may go into checkpoints between the first and last
-
-
-@dataclass
-class Progress:
-    """Where a run stands after an epoch; arrays have an entry for each setting and seed.
-
-    It is saved beside the parameters, so that a resumed run knows it too.
-    """
-
-    epoch: int  # -1 before the first validation, 0 before training
-    loss: np.ndarray  # of the newest epoch; not a number before the first
-    valid: np.ndarray  # NDCG@10 of the newest validation
-    best: np.ndarray
-    best_epoch: np.ndarray
-    seconds: float = 0.0  # training, validation and saving, over all parts of a resumed run
-    records_bytes: list[int] = field(default_factory=list)  # of each setting's file
-
-    @classmethod
-    def start(cls, num_runs: int) -> "Progress":
-        nothing = np.full(num_runs, np.nan)
-        return cls(-1, nothing, nothing, np.full(num_runs, -1.0), np.zeros(num_runs, int))
-
-    def to_json(self) -> dict[str, Any]:
-        values = asdict(self)
-        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Progress":
-        names = ("loss", "valid", "best", "best_epoch")
-        arrays: Any = {name: np.array(values[name]) for name in names}
-        return cls(**(values | arrays))
 
 
 @dataclass(frozen=True)
@@ -291,7 +252,7 @@ def fit_sweep(
     # Only now: what cannot be trained or ranked must not leave a folder behind.
     data = {"name": split.dataset.name, "source": source}
     data |= {"options": data_options} if data_options else {}
-    _claim(folder, configs, split, seeds, data, resume)
+    claim(folder, configs, split, seeds, data, resume)
     logs = [
         records.Log(
             folder / label,
@@ -312,10 +273,10 @@ def fit_sweep(
     def rank(params: Any, data: Any, part: int) -> Ranks:
         return collect(trainer.rank(params, data, num_slots), len(parts[part].targets))
 
-    with _checkpoints(folder) as manager:
+    with checkpoints(folder) as manager:
         progress = Progress.start(len(runs))
         if resume and manager.latest_step() is not None:
-            state, progress = _restore(manager, state)
+            state, progress = restore(manager, state)
             if progress.epoch > config.epochs:
                 raise ValueError(
                     f"`epochs` is {config.epochs}, but the run in {folder} has come to epoch "
@@ -351,7 +312,7 @@ def fit_sweep(
                 or jax.process_count() > 1
             ):
                 began = time.perf_counter()
-                _save(manager, epoch, state, progress)
+                save(manager, epoch, state, progress)
                 saved = time.perf_counter()
                 next_save = saved + (saved - began) / SAVING
             report(progress)
@@ -381,137 +342,6 @@ def fit_sweep(
     return results
 
 
-def load_run(folder: str | Path, seed: int | None = None) -> tuple[Any, np.ndarray, Config]:
-    """The module of a run at its best validation so far.
-
-    Args:
-      folder: of a run that has at least one checkpoint.
-      seed: one of the run's seeds; the first by default.
-
-    Returns:
-      The module, the external ids of its items `[num_items]`, and the settings.
-    """
-    folder = Path(folder)
-    if not (folder / RUN).exists():
-        below = ", ".join(str(path.parent) for path in sorted(folder.glob(f"*/{RUN}")))
-        hint = f" Runs are in {below}." if below else ""
-        raise ValueError(f"`folder` {folder} holds no run: there is no {RUN} in it.{hint}")
-    held = _read_run(folder / RUN)
-    config, seeds, data = Config(**held["config"]), held["seeds"], held["data"]
-    if seed is not None and seed not in seeds:
-        raise ValueError(f"`seed` must be one of the run's {seeds}, got {seed}.")
-    with _checkpoints(folder / held["checkpoints"]) as manager:
-        if manager.latest_step() is None:
-            raise ValueError(f"`folder` {folder} holds no checkpoint yet.")
-        # On the first device, where the run may have had several.
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        state = ocp.args.StandardRestore(fallback_sharding=here)
-        restored = manager.restore(manager.latest_step(), args=ocp.args.Composite(state=state))
-    place = held["first"] + (0 if seed is None else seeds.index(seed))
-    build = BACKBONES[config.model].build
-    module = nnx.eval_shape(lambda: build(data["users"], data["items"], config, nnx.Rngs(0)))
-    graphdef, variables = nnx.split(module)
-    best = jax.tree.map(lambda leaf: leaf[place], restored["state"]["best_params"])
-    params = trim(best, nnx.to_pure_dict(variables))
-    return nnx.merge(graphdef, params), np.load(folder / "item_ids.npy"), config
-
-
-def check_free(folders: Iterable[Path]) -> None:
-    """Refuses folders that hold a run, or lie in a file; to be asked before the first run."""
-    for folder in folders:
-        for path in (folder, *folder.parents):
-            if path.is_file():
-                raise ValueError(
-                    f"`folder` {folder} cannot be made, since {path} is a file; choose another "
-                    "(--out)."
-                )
-        if (folder / RUN).exists():
-            raise ValueError(
-                f"`folder` {folder} holds a run: resume it (--resume) or choose another "
-                "(--out)."
-            )
-
-
-def _claim(
-    folder: Path,
-    configs: Mapping[str, Config],
-    split: Split,
-    seeds: tuple[int, ...],
-    data: dict[str, str],
-    resume: bool,
-) -> None:
-    """Makes the folder of each setting, or checks that it holds the run to resume."""
-    dataset = split.dataset
-    counts = {"users": dataset.num_users, "items": dataset.num_items}
-    held_out = {"fingerprint": split.fingerprint()}
-    wanted = {
-        folder / label / RUN: {
-            "config": asdict(config),
-            "seeds": list(seeds),
-            "data": data | counts | held_out,
-            "checkpoints": os.path.relpath(folder, folder / label),
-            "first": place * len(seeds),  # of the checkpoint's runs
-            "together": len(configs) * len(seeds),
-        }
-        for place, (label, config) in enumerate(configs.items())
-    }
-    held = [path for path in wanted if path.exists()]
-    if len(held) < len(wanted) and (folder / CHECKPOINTS).exists():
-        raise ValueError(
-            f"`folder` {folder} holds checkpoints of other settings, or their {RUN} is gone."
-        )
-    for path in held:
-        if not resume:
-            check_free([path.parent])
-        _check_same(path, wanted[path])
-    sync_global_devices("every process has looked")
-    for path, run in wanted.items():
-        if path.exists() or jax.process_index() > 0:
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path.parent / "item_ids.npy", dataset.item_ids)
-        records.replace(path, json.dumps(run, indent=2))
-    sync_global_devices("the folder is made")
-
-
-def _read_run(path: Path) -> dict[str, Any]:
-    held = records.read_object(path)
-    if unknown := set(held.get("config", {})) - {one.name for one in fields(Config)}:
-        raise ValueError(f"{path} has settings that this version lacks: {sorted(unknown)}.")
-    return held
-
-
-def _check_same(path: Path, wanted: dict[str, Any]) -> None:
-    held = _read_run(path)
-    config = Config(**held["config"])
-    held["config"] = asdict(config)  # settings newer than the run among them
-    if "fingerprint" not in held["data"]:  # runs of an earlier version
-        wanted = wanted | {"data": {k: wanted["data"].get(k) for k in held["data"]}}
-    else:  # it tells that the data are the same, wherever they lie now
-        wanted = wanted | {"data": wanted["data"] | {"source": held["data"]["source"]}}
-    if config.schedule == "constant" and config.placement != "switch":
-        held, wanted = (
-            part | {"config": {k: v for k, v in part["config"].items() if k != "epochs"}}
-            for part in (held, wanted)
-        )
-    # Settings and data one by one: all of them would hide the one that differs.
-    held, wanted = (
-        {k: v for k, v in part.items() if not isinstance(v, dict)}
-        | part["config"]
-        | part["data"]
-        for part in (held, wanted)
-    )
-    changed = [
-        f"{k} {held.get(k)!r} there, {wanted.get(k)!r} asked for"
-        for k in {**wanted, **held}
-        if held.get(k) != wanted.get(k)
-    ]
-    if changed:
-        raise ValueError(
-            f"`folder` {path.parent} holds a run with other settings: {'; '.join(changed)}."
-        )
-
-
 def _described(
     config: Config, split: Split, seeds: tuple[int, ...], data: dict[str, str]
 ) -> dict[str, Any]:
@@ -539,26 +369,3 @@ def _check_finite(losses: np.ndarray, runs: list[tuple[str, int]], epoch: int) -
             f"the loss of seed {named} is not finite in epoch {epoch}; the newest "
             "checkpoint is kept. Try a smaller learning rate."
         )
-
-
-def _checkpoints(folder: Path) -> ocp.CheckpointManager:
-    # Not in the background: what is said to be saved is on the disk.
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), options=options)
-
-
-def _save(manager: Any, epoch: int, state: TrainState, progress: Progress) -> None:
-    items = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress.to_json())
-    )
-    manager.save(epoch, args=items)
-
-
-def _restore(manager: Any, like: TrainState) -> tuple[TrainState, Progress]:
-    items = ocp.args.Composite(
-        # Not strict: other devices may take more or fewer free rows, which hold zeros.
-        state=ocp.args.StandardRestore(like, strict=False),
-        progress=ocp.args.JsonRestore(),
-    )
-    restored = manager.restore(manager.latest_step(), args=items)
-    return restored["state"], Progress.from_json(restored["progress"])

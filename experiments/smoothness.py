@@ -8,19 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import matplotlib
-
-matplotlib.use("Agg")  # no display on a server
-
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments.backbones import BACKBONES
-from experiments.config import Config, preset
+from experiments.config import Config
 from experiments.dataset import Split
 from experiments.main_job import split_of
 from experiments.options import Ablate
+from experiments.presets import preset
 from experiments.ranking import collect, metrics, ranking_data
 from experiments.run import SELECTION, make_trainer, start
 from experiments.study import Finding
@@ -185,13 +183,13 @@ def _scannable(monitor: optax.GradientTransformation) -> optax.GradientTransform
 
 def _draw(curves: dict[int, dict[str, np.ndarray]], betas: tuple[float, ...], to: Path) -> None:
     titles = {"before": "J(dE)", "after": "J(psi(dE))", "table": "J(E)"}
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3)
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for i, beta in enumerate(betas):
             values = [found[name][i].mean() for found in curves.values()]
-            color = plt.get_cmap("viridis")(i / max(1, len(betas) - 1))
+            color = matplotlib.colormaps["viridis"](i / max(1, len(betas) - 1))
             axis.plot(list(curves), values, color=color, label=f"beta {beta}")
         axis.set(xlabel="epoch", title=title, ylim=(0, None))
     axes[0].legend(fontsize=8)
     figure.savefig(to, dpi=110)
-    plt.close(figure)

@@ -20,7 +20,7 @@ from rich.console import Console
 from experiments import records
 from experiments.config import check_seeds
 from experiments.options import Ablate
-from experiments.run import check_free
+from experiments.run_folder import check_free
 from experiments.tables import ablate_command, with_given
 
 FILE = "study.json"

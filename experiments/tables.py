@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.config import SEVO_NEEDED, Config, preset
+from experiments.config import SEVO_NEEDED, Config
+from experiments.presets import preset
 from experiments.published import official_curve, published, published_arm
 from experiments.ranking import METRICS
 from experiments.statistics import spread

@@ -91,10 +91,11 @@ class Trainer:
             )(keys)
         )
         self._epoch_jit = jax.jit(
-            lambda seeded, data, graph, context, num_slots: seeds(
+            lambda trained, keys, data, graph, context, num_slots: seeds(
                 lambda seed: self._epoch(seed, data, graph, context, num_slots)
-            )(seeded),
-            static_argnums=4,
+            )((trained, keys)),
+            static_argnums=5,
+            donate_argnums=0,
         )
         self._rank_jit = jax.jit(
             lambda params, data, context, num_slots: seeds(
@@ -112,18 +113,19 @@ class Trainer:
     def epoch(self, state: TrainState, number: int) -> tuple[TrainState, jax.Array]:
         """Trains epoch `number` (from 1); returns the state and the mean loss, `[S]`.
 
-        The randomness depends on the seed and the number alone, so an epoch that was
-        interrupted can be run again.
+        The new state takes the memory of the one that is given, which is used up but for its
+        `best_params`. The randomness depends on the seed and the number alone, so an epoch
+        that was interrupted can be run again from what was saved.
         """
-        keys = jax.vmap(jax.random.fold_in, (0, None))(state.key, number)
-        order_keys, step_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        order_keys, step_keys = _epoch_keys(state.key, number)
         # Batches differ in length. The stream has room for all but the longest of thousands,
         # so that all epochs share one compiled program; an epoch that needs more gets more.
         # Only in such a rare epoch do a seed's draws depend on the seeds beside it.
         slots = max(self.usual_slots, int(self._most_slots(order_keys, self.data).max()))
         num_slots = round_up(slots, 128)
         params, opt_state, losses = self._epoch_jit(
-            (state.params, state.opt_state, order_keys, step_keys),
+            (state.params, state.opt_state),
+            (order_keys, step_keys),
             self.data,
             self.graph,
             self.context,
@@ -132,7 +134,7 @@ class Trainer:
         return state._replace(params=params, opt_state=opt_state), losses
 
     def _epoch(self, seed, data: TrainData, graph: Any, context: Any, num_slots: int):
-        params, opt_state, order_key, step_key = seed
+        trained, (order_key, step_key) = seed
         order = self.objective.order(order_key, data, self.batch_size)
 
         def step(carry, inputs):
@@ -151,9 +153,7 @@ class Trainer:
             return (params, opt_state), (loss, num_windows)
 
         step_keys = jax.random.split(step_key, len(order))
-        (params, opt_state), (losses, counts) = jax.lax.scan(
-            step, (params, opt_state), (order, step_keys)
-        )
+        (params, opt_state), (losses, counts) = jax.lax.scan(step, trained, (order, step_keys))
         return params, opt_state, (losses * counts).sum() / counts.sum()
 
     def _loss(self, params, batch, dropout_key, context):
@@ -176,6 +176,14 @@ class Trainer:
     def _rank(self, params, data, context, num_slots):
         scorer = self.objective.scorer(self.module(params), num_slots, context)
         return rank_targets(scorer, data)
+
+
+@jax.jit  # each time anew, tracing would take longer than a short epoch
+def _epoch_keys(keys: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+    """Keys of an epoch's order and of its steps, `[S]` each."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    order, steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    return order, steps
 
 
 @jax.jit

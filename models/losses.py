@@ -199,6 +199,10 @@ def mean_in_chunks(
     weights = weights.astype(jnp.result_type(weights, float))  # bools have no derivative
     used = weights > 0
     pieces = ((slots, jnp.where(used, weights, 0)), fixed)
+    # Those that count come first: where they are few among many, as the last slots of prefixes
+    # are, most chunks then have none and are left out.
+    order = jnp.argsort(~used, stable=True)
+    used, pieces = jax.tree.map(lambda x: jnp.asarray(x)[order], (used, pieces))
     # No infinite score, which times a weight of 0 would be NaN.
     pieces = jax.tree.map(lambda x: jnp.where(_like(used, x), x, 0), pieces)
     size = max(1, min(chunk_size, len(weights)))  # no slots are one empty chunk

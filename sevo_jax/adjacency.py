@@ -85,6 +85,16 @@ def normalized_adjacency(
             "`edge_graph` from the entries of a matrix."
         )
     check_choice("normalized_adjacency", "layout", layout, ("auto", *LAYOUTS))
+    form = LAYOUTS[_fastest() if layout == "auto" else layout]
+    if messages not in (None, "bfloat16"):
+        raise ValueError(
+            f"`normalized_adjacency`: `messages` is None or 'bfloat16', got {messages!r}."
+        )
+    if messages and form not in (Edges, native.Compiled):
+        raise ValueError(
+            "`normalized_adjacency`: `messages` in bfloat16 need the layout 'edges' or "
+            f"'compiled', but `layout` {layout!r} takes {form.__name__}."
+        )
     receivers, senders, weights, num_nodes = _edges(graph)
     degree = np.bincount(receivers, weights, minlength=num_nodes)
     if not np.isfinite(degree).all():
@@ -97,16 +107,6 @@ def normalized_adjacency(
     if (np.diff(receivers) < 0).any():
         order = np.argsort(receivers, kind="stable")
         receivers, senders, weights = receivers[order], senders[order], weights[order]
-    form = LAYOUTS[_fastest() if layout == "auto" else layout]
-    if messages not in (None, "bfloat16"):
-        raise ValueError(
-            f"`normalized_adjacency`: `messages` is None or 'bfloat16', got {messages!r}."
-        )
-    if messages and form not in (Edges, native.Compiled):
-        raise ValueError(
-            "`normalized_adjacency`: `messages` in bfloat16 need the layout 'edges' or "
-            f"'compiled', but `layout` {layout!r} takes {form.__name__}."
-        )
     weights = weights.astype(jnp.result_type(float))
     edges = _pad(receivers, senders, weights, num_nodes, capacity)
     adjacency = form.from_edges(*edges, num_nodes)
@@ -228,9 +228,10 @@ def _pad(
     capacity: int | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Zero-weight loops on the last node, where a NaN of another row cannot get in."""
-    if capacity is not None:
-        check_count("normalized_adjacency", "capacity", capacity)
-    padding = 0 if capacity is None else capacity - len(weights)
+    if capacity is None:
+        return receivers, senders, weights
+    check_count("normalized_adjacency", "capacity", capacity)
+    padding = capacity - len(weights)
     if padding < 0:
         raise ValueError(
             f"`normalized_adjacency`: `capacity` is {capacity}, but the graph has "

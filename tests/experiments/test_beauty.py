@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.config import preset
 from experiments.dataset import leave_one_out
 from experiments.loaders import load
+from experiments.presets import preset
 from experiments.published import CURVES
 from experiments.ranking import collect, metrics, ranking_data
 from experiments.run import make_trainer

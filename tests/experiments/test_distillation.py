@@ -11,12 +11,14 @@ from flax import nnx
 
 from experiments import cli, report
 from experiments.batching import training_data
-from experiments.config import Config, preset
+from experiments.config import Config
 from experiments.dataset import leave_one_out
 from experiments.distillation import TEACHER, Distilled, distillation, distilled, teacher_graph
 from experiments.objectives import NextItem
+from experiments.presets import preset
 from experiments.published import published_arm
-from experiments.run import load_run, make_trainer
+from experiments.run import make_trainer
+from experiments.run_folder import load_run
 from experiments.synthetic import synthetic
 from models import SASRec
 from models import distillation as losses

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from experiments import cli, embeddings, study
-from experiments.config import preset
 from experiments.dataset import Attributes, leave_one_out
 from experiments.page import write_page
+from experiments.presets import preset
 from experiments.report import write_report
 from experiments.run import make_trainer, start
 from experiments.synthetic import synthetic

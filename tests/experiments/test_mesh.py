@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import cli, records
-from experiments.run import load_run
+from experiments.run_folder import load_run
 from tests.experiments import eight_devices
 from tests.processes import output, start
 

@@ -9,9 +9,9 @@ from flax import nnx
 
 from experiments.backbones import user_item_graph
 from experiments.batching import training_data
-from experiments.config import preset
 from experiments.dataset import Dataset, Evaluation, leave_one_out
 from experiments.objectives import MaskedItem, NextItem, UserItem
+from experiments.presets import preset
 from experiments.ranking import Histories, collect, ranking_data
 from experiments.run import make_trainer, start
 from experiments.training import Trainer

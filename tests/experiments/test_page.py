@@ -12,9 +12,9 @@ import pytest
 
 from experiments import cli, records, report
 from experiments.comparisons import compare, compare_each, gather, missing
-from experiments.config import preset
 from experiments.figures import curves
 from experiments.page import write_page
+from experiments.presets import preset
 from experiments.ranking import METRICS
 from experiments.tables import bucket_tables, by_place, name_of, sort_key
 

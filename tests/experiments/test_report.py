@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import cli
-from experiments.config import preset
+from experiments.presets import preset
 from experiments.published import official_curve, published
 from experiments.report import BEGIN, END, keep, write_report
 from experiments.tables import name_of, sort_key

@@ -24,13 +24,15 @@ from rich.console import Console
 
 from experiments import cli, main_job, records, run
 from experiments.backbones import BACKBONES
-from experiments.config import PRESETS, Config, preset
+from experiments.config import Config
 from experiments.dataset import Dataset, leave_one_out
 from experiments.objectives import MaskedItem, NextItem
+from experiments.presets import PRESETS, preset
 from experiments.published import official_curve, published
 from experiments.ranking import METRICS, collect, metrics, rank_targets, ranking_data
 from experiments.recommend import top_items
-from experiments.run import fit, load_run, make_trainer
+from experiments.run import fit, make_trainer
+from experiments.run_folder import Progress, load_run
 from experiments.synthetic import synthetic
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +172,7 @@ def test_a_run_goes_on_from_what_it_saved(
     """Saving may take next to no time, so that only the first state is kept, or all of it."""
     monkeypatch.setattr(run, "SAVING", share)
 
-    def stop(progress: run.Progress) -> None:
+    def stop(progress: Progress) -> None:
         if progress.epoch == 2:
             raise KeyboardInterrupt
 
@@ -419,7 +421,7 @@ def test_the_speed_is_shown_without_compilation():
     config, console = replace(TINY, epochs=20, eval_every=4), Console(file=io.StringIO())
     report = main_job.show(console, "resumed", config)
     for epoch in range(5, 17):
-        progress = run.Progress.start(1)
+        progress = Progress.start(1)
         progress.epoch, progress.seconds = epoch, 50.0 + epoch + 100 * (epoch >= 8)
         report(progress)
     lines = console.file.getvalue().splitlines()  # type: ignore

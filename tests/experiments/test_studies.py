@@ -13,10 +13,11 @@ import pytest
 from rich.console import Console
 
 from experiments import cli, cost, smoothness, study, theory
-from experiments.config import Config, preset
+from experiments.config import Config
 from experiments.dataset import leave_one_out
 from experiments.options import Ablate
 from experiments.page import write_page
+from experiments.presets import preset
 from experiments.report import keep, write_report
 from experiments.synthetic import synthetic
 from sevo_jax import normalized_adjacency, sevo_adamw

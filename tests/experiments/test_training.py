@@ -73,6 +73,13 @@ def start(trainer: Trainer) -> tuple[TrainState, dict]:
     return TrainState(seeded, opt_state, jax.random.key(0)[None], seeded), params
 
 
+def losses_of(trainer: Trainer, state: TrainState, number: int) -> np.ndarray:
+    """Those of an epoch from a state that is kept."""
+    trained = jax.tree.map(jnp.copy, (state.params, state.opt_state))
+    state = state._replace(params=trained[0], opt_state=trained[1])
+    return np.asarray(trainer.epoch(state, number)[1])
+
+
 def padded_loss(trainer: Trainer, kind: str, windows: Windows, sequences):
     """The loss of all windows as a function of the parameters, through the padded model."""
     side = "left" if windows == "last" else "right"
@@ -140,7 +147,7 @@ def test_the_mean_loss_and_how_it_falls():
     state, params = start(trainer)
     expected = jax.jit(padded_loss(trainer, "bpr", "whole", sequences))(params)
     for number in range(3):  # in another order each
-        _, losses = trainer.epoch(state, number)
+        losses = losses_of(trainer, state, number)
         np.testing.assert_allclose(losses, [expected], rtol=0, atol=1e-6)
     opt_state: Any = state.opt_state
     opt_state.hyperparams["learning_rate"] += 0.5
@@ -234,9 +241,16 @@ def test_smooth_start(model, split):
 def test_epochs_differ_by_their_number_alone(trainer):
     """So that an epoch that was interrupted can be run again."""
     state = initial(trainer)
-    losses = [np.asarray(trainer.epoch(state, number)[1]) for number in (1, 2, 1)]
+    losses = [losses_of(trainer, state, number) for number in (1, 2, 1)]
     np.testing.assert_array_equal(losses[0], losses[2])
     assert np.all(losses[0] != losses[1])
+
+
+def test_a_new_state_takes_the_memory_of_the_old_one(trainer):
+    state = initial(trainer)
+    trainer.epoch(state, 1)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.best_params))
 
 
 def test_the_loss_falls(trainer):
@@ -314,9 +328,9 @@ def test_a_batch_is_never_cut(trainer, monkeypatch):
     """What the compiled epoch cannot report: its stream has room for the longest batch."""
     asked = []
 
-    def epoch(seeded, data, graph, context, num_slots):
+    def epoch(trained, keys, data, graph, context, num_slots):
         asked.append(num_slots)
-        return seeded[0], seeded[1], None
+        return *trained, None
 
     monkeypatch.setattr(trainer, "_epoch_jit", epoch)
     state = initial(trainer)

@@ -130,11 +130,6 @@ def test_iterative_is_no_descent_direction():
     assert np.linalg.eigvalsh(_matrix(graph, 0.49, method="iterative")).min() > 0
 
 
-def test_without_rescaling():
-    shrunk = _matrix(random_graph(), 0.99, rescale=False)
-    np.testing.assert_allclose(shrunk, _matrix(random_graph(), 0.99) * (1 - 0.99**4))
-
-
 @given(SEED)
 @settings(deadline=None, max_examples=15)
 def test_smoothness_equals_the_sum_over_edges(seed):
