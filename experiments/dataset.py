@@ -59,6 +59,10 @@ class Attributes:
     def num_items(self) -> int:
         return len(self.row_splits) - 1
 
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell who shares what from other attributes."""
+        return _digest(self.values, self.row_splits)
+
     def of_items(self, items: np.ndarray) -> Attributes:
         """The attributes of `items` `[n]` alone, in this order, under the same names."""
         return Attributes(
@@ -330,11 +334,8 @@ class Split:
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that tell this split of this data from others."""
-        digest = hashlib.sha256()
         splits = self.dataset.row_splits
-        for array in (self.dataset.values, splits, self.train_end, self.valid, self.test):
-            digest.update(array.tobytes() + b".")
-        return digest.hexdigest()[:16]
+        return _digest(self.dataset.values, splits, self.train_end, self.valid, self.test)
 
     def with_train_users(self, fraction: float) -> Split:
         """The split that trains on a share of the users alone, and ranks for all as before.
@@ -467,6 +468,13 @@ def _external(name: str, ids: np.ndarray, count: int) -> np.ndarray:
     if ids.shape != (count,) or len(np.unique(ids)) != count:
         raise ValueError(f"`{name}` must be {count} distinct ids, got shape {ids.shape}.")
     return ids
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.tobytes() + b".")
+    return digest.hexdigest()[:16]
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

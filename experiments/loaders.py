@@ -117,8 +117,11 @@ def load(
             name=name,
             drops=drops,
         )
-    except ValueError as error:  # positions and timestamps that contradict each other
-        source.fail(str(error))
+    except ValueError as error:
+        if not {"position", "timestamp"} <= set(frame.columns):
+            raise
+        reason = str(error).split(";")[0]
+        source.fail(f"{reason} by position; leave out one of the two columns.")
     known = Path(items) if items else items_file(path)
     if known:
         attributes = read_attributes(known, dataset.item_ids, columns=of_items)
@@ -166,8 +169,9 @@ def _clean(
     def check(good: pl.Series, role: str, expected: str) -> None:
         if not good.all():
             row = int(good.arg_min() or 0)
-            found = table.frame[role][row]
-            source.fail(f"{role}: expected {expected}, found {found!r}.", table.line(row))
+            value = table.frame[role][row]
+            found = "nothing" if value is None else repr(value)
+            source.fail(f"{role}: expected {expected}, found {found}.", table.line(row))
 
     def typed(role: str) -> pl.Series:
         column = frame[role]
@@ -175,8 +179,14 @@ def _clean(
             source.fail(f"{role}: expected plain values, found {column.dtype}.")
         check(column.is_not_null() & (column.cast(pl.String) != ""), role, "a value")
         if role in ("user", "item"):
+            if column.dtype.is_float():  # which a table makes of integers, some of them missing
+                source.fail(f"{role}: ids are integers or text, not {column.dtype}; cast them.")
             column = _ids(column)
-            if source.format.integer_ids or column.dtype.is_float():
+            if column.dtype == pl.String and not source.format.integer_ids:
+                # Of tab-separated files some quote the values that need it and no name.
+                marred = column.str.contains(r'^\s|\s$|^".*"$')
+                check(~marred, role, "an id without blanks or quotes around it")
+            if source.format.integer_ids:
                 digits = column.cast(pl.String).str.contains(r"^(0|-?[1-9]\d{0,17})$")
                 check(digits, role, "an integer id")
         else:

@@ -38,7 +38,7 @@ from experiments.distillation import distilled, teacher_graph
 from experiments.mesh import MeshTrainer, Streams, check_mesh, split_graph
 from experiments.per_user import bucket_metrics, history_lengths, target_popularity
 from experiments.ranking import Ranks, collect, metrics, ranking_data
-from experiments.run_folder import Progress, checkpoints, claim, restore, save
+from experiments.run_folder import Progress, checkpoints, claim, locked, restore, save
 from experiments.training import Trainer, TrainState
 
 SELECTION = "NDCG@10"  # the validation metric that picks the best epoch
@@ -185,7 +185,8 @@ def fit(
         processes all call this, see the same folder, and the first writes.
 
     Raises:
-      ValueError: the folder holds a run, or one with other settings.
+      ValueError: the folder holds a run, or one with other settings, or another process
+        trains in it.
       FloatingPointError: the loss of a seed is not finite.
     """
     (result,) = fit_sweep(
@@ -273,73 +274,76 @@ def fit_sweep(
     def rank(params: Any, data: Any, part: int) -> Ranks:
         return collect(trainer.rank(params, data, num_slots), len(parts[part].targets))
 
-    with checkpoints(folder) as manager:
-        progress = Progress.start(len(runs))
-        if resume and manager.latest_step() is not None:
-            state, progress = restore(manager, state)
-            if progress.epoch > config.epochs:
-                raise ValueError(
-                    f"`epochs` is {config.epochs}, but the run in {folder} has come to epoch "
-                    f"{progress.epoch} already."
-                )
-        for one, length in zip(logs, progress.records_bytes or [0] * len(logs), strict=True):
-            one.truncate(length)
-        started, next_save = time.perf_counter() - progress.seconds, 0.0
-        for epoch in range(progress.epoch + 1, config.epochs + 1):
-            progress.epoch = epoch
-            if epoch > 0:
-                began = time.perf_counter()
-                state, loss = trainer.epoch(state, epoch)
-                progress.loss = np.asarray(loss, np.float64)
-                _check_finite(progress.loss, runs, epoch)
-                # A setting's record has its share of the time.
-                seconds = (time.perf_counter() - began) / len(logs)
-                log("epoch", epoch, {"loss": progress.loss}, seconds)
-            if epoch % config.eval_every == 0 or epoch == config.epochs:
-                found = metrics(rank(state.evaluated, valid_data, 0))
-                progress.valid = found[SELECTION]
-                improved = progress.valid > progress.best
-                state = trainer.keep_best(state, improved)
-                progress.best = np.where(improved, progress.valid, progress.best)
-                progress.best_epoch = np.where(improved, epoch, progress.best_epoch)
-                log("valid", epoch, found, time.perf_counter() - started)
-            progress.records_bytes = [one.flush() for one in logs]
-            progress.seconds = time.perf_counter() - started
-            # Of several processes each has its own clock, but all must save together.
-            if (
-                epoch == config.epochs
-                or time.perf_counter() >= next_save
-                or jax.process_count() > 1
+    with locked(folder / label for label in configs):
+        with checkpoints(folder) as manager:
+            progress = Progress.start(len(runs))
+            if resume and manager.latest_step() is not None:
+                state, progress = restore(manager, state)
+                if progress.epoch > config.epochs:
+                    raise ValueError(
+                        f"`epochs` is {config.epochs}, but the run in {folder} has come to "
+                        f"epoch {progress.epoch} already."
+                    )
+            for one, length in zip(
+                logs, progress.records_bytes or [0] * len(logs), strict=True
             ):
-                began = time.perf_counter()
-                save(manager, epoch, state, progress)
-                saved = time.perf_counter()
-                next_save = saved + (saved - began) / SAVING
-            report(progress)
-    best_ranks = rank(state.best_params, test_data, 1)
-    test, last = metrics(best_ranks), metrics(rank(state.evaluated, test_data, 1))
-    log("test", progress.best_epoch, test, progress.seconds)
-    log("last_test", progress.epoch, last, progress.seconds)
-    kinds = {"popularity": target_popularity(split), "history": history_lengths(split)}
-    for by, values in kinds.items():
-        for bucket in bucket_metrics(best_ranks, values):
-            span = {"by": by, "low": bucket.low, "high": bucket.high}
-            span["targets"] = bucket.num_targets
-            log("bucket", progress.best_epoch, bucket.metrics, progress.seconds, **span)
-    results = []
-    for i, (label, one) in enumerate(configs.items()):
-        part = slice(i * len(seeds), (i + 1) * len(seeds))
-        ranks = {name: values[part] for name, values in best_ranks._asdict().items()}
-        if jax.process_index() == 0:
-            temporary = folder / label / "ranks.tmp.npz"
-            np.savez_compressed(temporary, seeds=seeds, users=parts[1].users, **ranks)
-            temporary.replace(folder / label / "ranks.npz")
-        logs[i].flush()  # the tests, which make it a finished run
-        best, newest = ({k: v[part] for k, v in found.items()} for found in (test, last))
-        results.append(
-            Result(one, seeds, best, newest, progress.best_epoch[part], progress.seconds)
-        )
-    return results
+                one.truncate(length)
+            started, next_save = time.perf_counter() - progress.seconds, 0.0
+            for epoch in range(progress.epoch + 1, config.epochs + 1):
+                progress.epoch = epoch
+                if epoch > 0:
+                    began = time.perf_counter()
+                    state, loss = trainer.epoch(state, epoch)
+                    progress.loss = np.asarray(loss, np.float64)
+                    _check_finite(progress.loss, runs, epoch)
+                    # A setting's record has its share of the time.
+                    seconds = (time.perf_counter() - began) / len(logs)
+                    log("epoch", epoch, {"loss": progress.loss}, seconds)
+                if epoch % config.eval_every == 0 or epoch == config.epochs:
+                    found = metrics(rank(state.evaluated, valid_data, 0))
+                    progress.valid = found[SELECTION]
+                    improved = progress.valid > progress.best
+                    state = trainer.keep_best(state, improved)
+                    progress.best = np.where(improved, progress.valid, progress.best)
+                    progress.best_epoch = np.where(improved, epoch, progress.best_epoch)
+                    log("valid", epoch, found, time.perf_counter() - started)
+                progress.records_bytes = [one.flush() for one in logs]
+                progress.seconds = time.perf_counter() - started
+                # Of several processes each has its own clock, but all must save together.
+                if (
+                    epoch == config.epochs
+                    or time.perf_counter() >= next_save
+                    or jax.process_count() > 1
+                ):
+                    began = time.perf_counter()
+                    save(manager, epoch, state, progress)
+                    saved = time.perf_counter()
+                    next_save = saved + (saved - began) / SAVING
+                report(progress)
+        best_ranks = rank(state.best_params, test_data, 1)
+        test, last = metrics(best_ranks), metrics(rank(state.evaluated, test_data, 1))
+        log("test", progress.best_epoch, test, progress.seconds)
+        log("last_test", progress.epoch, last, progress.seconds)
+        kinds = {"popularity": target_popularity(split), "history": history_lengths(split)}
+        for by, values in kinds.items():
+            for bucket in bucket_metrics(best_ranks, values):
+                span = {"by": by, "low": bucket.low, "high": bucket.high}
+                span["targets"] = bucket.num_targets
+                log("bucket", progress.best_epoch, bucket.metrics, progress.seconds, **span)
+        results = []
+        for i, (label, one) in enumerate(configs.items()):
+            part = slice(i * len(seeds), (i + 1) * len(seeds))
+            ranks = {name: values[part] for name, values in best_ranks._asdict().items()}
+            if jax.process_index() == 0:
+                temporary = folder / label / "ranks.tmp.npz"
+                np.savez_compressed(temporary, seeds=seeds, users=parts[1].users, **ranks)
+                temporary.replace(folder / label / "ranks.npz")
+            logs[i].flush()  # the tests, which make it a finished run
+            best, newest = ({k: v[part] for k, v in found.items()} for found in (test, last))
+            results.append(
+                Result(one, seeds, best, newest, progress.best_epoch[part], progress.seconds)
+            )
+        return results
 
 
 def _described(

@@ -1,14 +1,15 @@
 """The folder of a run: who holds it, its checkpoints, and the module that they keep.
 
-It has `run.json` (what was asked for), `records.jsonl`, `checkpoints/`, `item_ids.npy`
-(external ids, for recommending) and at the end `ranks.npz` (the rank of every test target). A
-sweep trains several settings in one compiled program; each has such a folder of its own, but
-for the checkpoints, which are in the folder above.
+It has `run.json` (what was asked for), `records.jsonl`, `checkpoints/`, `item_ids.npy` and
+`user_ids.npy` (external ids, of the rows of the tables) and at the end `ranks.npz` (the rank of
+every test target). A sweep trains several settings in one compiled program; each has such a
+folder of its own, but for the checkpoints, which are in the folder above.
 """
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ from experiments.config import Config
 from experiments.dataset import Split
 from experiments.mesh import trim
 from experiments.training import TrainState
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -89,6 +95,8 @@ def claim(
     dataset = split.dataset
     counts = {"users": dataset.num_users, "items": dataset.num_items}
     held_out = {"fingerprint": split.fingerprint()}
+    if any(config.has_sevo and config.graph == "attributes" for config in configs.values()):
+        held_out["attributes"] = dataset.known_attributes().fingerprint()
     wanted = {
         folder / label / RUN: {
             "config": asdict(config),
@@ -115,8 +123,32 @@ def claim(
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path.parent / "item_ids.npy", dataset.item_ids)
+        np.save(path.parent / "user_ids.npy", dataset.user_ids)
         records.replace(path, json.dumps(run, indent=2))
     sync_global_devices("the folder is made")
+
+
+@contextmanager
+def locked(folders: Iterable[Path]) -> Iterator[None]:
+    """Holds the folders of runs: a second process would write its records between ours.
+
+    The system lets go of them when the process ends, however it does.
+    """
+    if fcntl is None or jax.process_index() > 0:
+        yield
+        return
+    with ExitStack() as stack:
+        for folder in folders:
+            file = stack.enter_context((folder / RUN).open("rb"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"`folder` {folder} is one that another process trains in right now."
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+        yield
 
 
 def _read_run(path: Path) -> dict[str, Any]:
@@ -130,6 +162,7 @@ def _check_same(path: Path, wanted: dict[str, Any]) -> None:
     held = _read_run(path)
     config = Config(**held["config"])
     held["config"] = asdict(config)  # settings newer than the run among them
+    idle = config.without_effect() & Config(**wanted["config"]).without_effect()
     if "fingerprint" not in held["data"]:  # runs of an earlier version
         wanted = wanted | {"data": {k: wanted["data"].get(k) for k in held["data"]}}
     else:  # it tells that the data are the same, wherever they lie now
@@ -139,6 +172,8 @@ def _check_same(path: Path, wanted: dict[str, Any]) -> None:
             part | {"config": {k: v for k, v in part["config"].items() if k != "epochs"}}
             for part in (held, wanted)
         )
+    if "attributes" not in held["data"]:  # runs of an earlier version
+        wanted["data"].pop("attributes", None)
     # Settings and data one by one: all of them would hide the one that differs.
     held, wanted = (
         {k: v for k, v in part.items() if not isinstance(v, dict)}
@@ -149,7 +184,7 @@ def _check_same(path: Path, wanted: dict[str, Any]) -> None:
     changed = [
         f"{k} {held.get(k)!r} there, {wanted.get(k)!r} asked for"
         for k in {**wanted, **held}
-        if held.get(k) != wanted.get(k)
+        if held.get(k) != wanted.get(k) and k not in idle
     ]
     if changed:
         raise ValueError(

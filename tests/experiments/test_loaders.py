@@ -321,12 +321,26 @@ def test_lines_are_counted_through_quoted_newlines(tmp_path):
 
 
 def test_quotes_between_tabs(tmp_path):
-    """R quotes names and texts; without quoted names, a quote is part of its text."""
+    """R quotes names and texts; without quoted names, a quote is part of its text.
+
+    But around an id it is from a program that quotes where it must, and doubles those inside.
+    """
     case = CASES["tsv"]
     text = '"user"\t"item"\t"timestamp"\n"u1"\t"b"\t2\n"u1"\t"a ""x"""\t1\n'
     assert load(write(tmp_path, case, text)).item_ids.tolist() == ['a "x"', "b"]
-    plain = write(tmp_path, case, 'user\titem\ttitle\nu1\t"b"\t"Cats" (1998)\nu1\ta\t5"\n')
-    assert load(plain).item_ids.tolist() == ['"b"', "a"]
+    head = 'user\titem\ttitle\nu1\tb"x\t"Cats" (1998)\n'
+    plain = write(tmp_path, case, head + 'u1\ta\t5"\n')
+    assert load(plain).item_ids.tolist() == ["a", 'b"x']
+    bad = write(tmp_path, case, head + 'u1\t"a ""x"""\t5"\n')
+    fails(bad, case, 3, "item: expected an id without blanks or quotes around it")
+
+
+@pytest.mark.parametrize("line", ["u1, b,2", "u1 ,b,2", "u1,b\t,2"])
+def test_blanks_around_ids(tmp_path, line):
+    """They would make other ids of the same ones."""
+    case = CASES["csv"]
+    path = write(tmp_path, case, f"user,item,timestamp\nu1,a,1\n{line}\n")
+    fails(path, case, 3, "expected an id without blanks or quotes around it")
 
 
 def test_long_names_are_cut(tmp_path):
@@ -439,7 +453,12 @@ def test_positions(tmp_path):
     twice = write(tmp_path, case, head + "0,1,0,5\n0,2,1,6\n0,3,1,7\n")
     fails(twice, case, 4, "this user has the same position already")
     backwards = write(tmp_path, case, head + "0,1,0,5\n0,2,1,3\n")
-    fails(backwards, case, None, "`timestamps` of user 0 (id 0) decrease")
+    fails(
+        backwards,
+        case,
+        None,
+        "`timestamps` of user 0 (id 0) decrease by position; leave out one",
+    )
 
 
 @pytest.mark.parametrize(
@@ -509,8 +528,11 @@ def test_parquet_of_decimals(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [
-        (dict(user=[1.5, 2.0], item=[1, 2]), "row 1: user: expected an integer id, found 1.5"),
-        (dict(user=[1, None], item=[1, 2]), "row 2: user: expected a value, found None"),
+        (
+            dict(user=[1.5, 2.0], item=[1, 2]),
+            "user: ids are integers or text, not Float64; cast them",
+        ),
+        (dict(user=[1, None], item=[1, 2]), "row 2: user: expected a value, found nothing"),
         (dict(user=[1, 2], item=[[1], [2]]), "item: expected plain values, found List"),
         (dict(user=[1], item=[1], timestamp=["x"]), "row 1: timestamp: expected a number"),
         (dict(user=[1], item=[1], timestamp=[np.nan]), "row 1: timestamp: expected a number"),
@@ -554,7 +576,7 @@ def test_python_dictionaries_are_no_json(tmp_path):
 def test_a_review_without_its_time(tmp_path):
     case = CASES["amazon-reviews"]
     text = "\n" + case.text().replace('"unixReviewTime": 10', '"time": 10')
-    fails(write(tmp_path, case, text), case, 4, "timestamp: expected a value, found None")
+    fails(write(tmp_path, case, text), case, 4, "timestamp: expected a value, found nothing")
 
 
 def test_folders_and_names(tmp_path):

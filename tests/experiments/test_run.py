@@ -32,7 +32,7 @@ from experiments.published import official_curve, published
 from experiments.ranking import METRICS, collect, metrics, rank_targets, ranking_data
 from experiments.recommend import top_items
 from experiments.run import fit, make_trainer
-from experiments.run_folder import Progress, load_run
+from experiments.run_folder import Progress, claim, load_run, locked
 from experiments.synthetic import synthetic
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +174,9 @@ def test_a_run_goes_on_from_what_it_saved(
 
     def stop(progress: Progress) -> None:
         if progress.epoch == 2:
+            with pytest.raises(ValueError, match="that another process trains in right now"):
+                with locked([folder]):
+                    pass
             raise KeyboardInterrupt
 
     folder = tmp_path / "run"
@@ -208,6 +211,30 @@ def test_a_run_of_an_earlier_version_may_be_resumed(finished, split, tmp_path):
     del held["data"]["fingerprint"]
     (tmp_path / "old" / "run.json").write_text(json.dumps(held))
     fit(TINY, split, (3, 5), tmp_path / "old", source="here", resume=True)
+
+
+def test_what_a_run_that_goes_on_may_differ_in(split, tmp_path):
+    """In settings that nothing looks at; not in the attributes that its graph is made of."""
+
+    def asked(name, resume=True, split=split, **settings):
+        config = replace(TINY, **settings)
+        claim(tmp_path / name, {"": config}, split, (0,), {"name": "x", "source": ""}, resume)
+
+    asked("plain", resume=False, optimizer="adamw", beta=0.9)
+    asked("plain", optimizer="adamw", beta=0.5)
+    with pytest.raises(ValueError, match="other settings: learning_rate .* there, 0.2 asked"):
+        asked("plain", optimizer="adamw", learning_rate=0.2)
+    sevo: Any = {"optimizer": "sevo_adamw", "graph": "attributes"}
+    asked("sevo", resume=False, **sevo)
+    asked("sevo", **sevo)
+    with pytest.raises(ValueError, match="other settings: beta 0.99 there, 0.5 asked for.$"):
+        asked("sevo", beta=0.5, **sevo)
+    known = split.dataset.known_attributes()
+    other = replace(known, values=(known.values + 1) % len(known.names))
+    changed = replace(split, dataset=replace(split.dataset, attributes=other))
+    with pytest.raises(ValueError, match="other settings: attributes '[0-9a-f]+' there, "):
+        asked("sevo", split=changed, **sevo)
+    asked("plain", split=changed, optimizer="adamw")
 
 
 def test_a_run_does_not_go_on_over_lost_records(finished, split, tmp_path):
