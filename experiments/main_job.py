@@ -23,7 +23,7 @@ from experiments.options import Job, Train
 from experiments.plots import plot_run
 from experiments.presets import known_name
 from experiments.published import SIZES, has_other_sizes, published
-from experiments.ranking import METRICS
+from experiments.ranking import METRICS, metrics, rank_by_popularity
 from experiments.run import SELECTION, Result, fit
 from experiments.run_folder import Progress, check_free
 from experiments.statistics import spread
@@ -53,6 +53,10 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
     if options.data != "synthetic":
         console.print(f"sequences: {ORDERS[dataset.order]}")
     data = {"name": dataset.name, "items": dataset.num_items, "train": split.num_train}
+    popularity = np.bincount(split.train[0], minlength=dataset.num_items)
+    if len((part := split.evaluation("test")).targets):
+        floor = metrics(rank_by_popularity(part, popularity), (SELECTION,))[SELECTION]
+        console.print(f"the most popular items, to everyone: test {SELECTION} {floor:.4f}")
     if has_other_sizes(data):
         name = known_name(dataset.name)
         items, interactions = SIZES[name]

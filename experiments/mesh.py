@@ -55,7 +55,10 @@ def make_mesh(size: int) -> Mesh:
     """
     devices, processes = jax.devices(), jax.process_count()
     if not 1 <= size <= len(devices):
-        raise ValueError(f"`mesh` must be from 1 to the {len(devices)} devices, got {size}.")
+        raise ValueError(
+            f"`mesh` must be from 1 to the {len(devices)} devices, got {size}. For trying it, "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=N makes N of a CPU."
+        )
     if processes > 1 and size < len(devices):
         raise ValueError(
             f"`mesh` of {processes} processes must be all their {len(devices)} devices, got "

@@ -103,14 +103,40 @@ def _lay_out(part: Evaluation, max_length: int, chunks: int, chunk_size: int):
         padded[:num] = array
         return padded.reshape(chunks, chunk_size)
 
-    # Distinct (row, item) pairs, so that an item met twice is not masked twice.
-    rows = np.repeat(np.arange(num), history)
-    count = int(part.history_values.max(initial=0)) + 1  # of ids; sorting pairs takes longer
-    pairs = np.stack(np.divmod(np.unique(rows * count + part.history_values), count), axis=1)
+    pairs = np.stack(_distinct(part), axis=1)
     borders = np.searchsorted(pairs[:, 0], np.arange(1, chunks) * chunk_size)
     masked = np.split(pairs - (pairs[:, :1] // chunk_size) * [chunk_size, 0], borders)
     starts = part.history_splits[1:] - length
     return chunked(starts), chunked(length), chunked(part.targets), masked
+
+
+def _distinct(part: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and items of the histories, ascending, an item met twice but once."""
+    rows = np.repeat(np.arange(len(part.targets)), np.diff(part.history_splits))
+    count = int(part.history_values.max(initial=0)) + 1  # of ids; sorting pairs takes longer
+    return np.divmod(np.unique(rows * count + part.history_values), count)
+
+
+def rank_by_popularity(part: Evaluation, popularity: np.ndarray) -> Ranks:
+    """Ranks of the targets where the most popular items come first, for every user.
+
+    The floor of what is learned. Items of the history are left out, as in `rank_targets`.
+
+    Args:
+      part: of a split.
+      popularity: how often each item is in training `[num_items]`.
+    """
+    num_items, of_target = len(popularity), popularity[part.targets]
+    ascending = np.sort(popularity)
+    not_above = np.searchsorted(ascending, of_target, "right")
+    above = num_items - not_above
+    ties = not_above - np.searchsorted(ascending, of_target, "left") - 1  # but the target
+    rows, items = _distinct(part)
+    seen, limits = popularity[items], of_target[rows]
+    above -= np.bincount(rows[seen > limits], minlength=len(above))
+    ties -= np.bincount(rows[seen == limits], minlength=len(above))
+    own = np.isin(np.arange(len(above)), rows[items == part.targets[rows]])
+    return Ranks(np.where(own, num_items - 1, above), np.where(own, 0, ties))
 
 
 def rank_targets(

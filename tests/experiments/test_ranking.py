@@ -18,6 +18,7 @@ from experiments.ranking import (
     metrics,
     mrr,
     ndcg,
+    rank_by_popularity,
     rank_targets,
     ranking_data,
 )
@@ -112,6 +113,16 @@ def test_ranks_equal_sorting(high, mask_history):
 def test_chunks_do_not_matter(chunk_size):
     table = score_table(1, 4)
     assert open_ranks(ranks_of(table, chunk_size=chunk_size)) == slow_ranks(table)
+
+
+@pytest.mark.parametrize("high", [10**5, 3, 1])
+def test_ranks_by_popularity_equal_those_of_a_model_that_knows_nothing_else(high):
+    popularity = np.random.default_rng(high).integers(0, high, NUM_ITEMS)
+    (data,), _ = ranking_data([evaluation(USERS)], max_length=MAX_LENGTH, chunk_size=4)
+    scores = jnp.broadcast_to(jnp.asarray(popularity, jnp.float32), (4, NUM_ITEMS))
+    expected = collect(rank_targets(lambda _: scores, data), len(USERS))
+    ranks = rank_by_popularity(evaluation(USERS), popularity)
+    np.testing.assert_array_equal(ranks, expected)
 
 
 def test_history_is_masked_whatever_it_scores():
