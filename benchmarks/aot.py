@@ -193,7 +193,8 @@ on {made_on["device"]}, {made_on["cores"]} core(s):
 Batch {CONFIG.batch_size} users of {CONFIG.max_length} items each, the longest that there can
 be; d = {CONFIG.dim}, float32, L = {CONFIG.num_layers}. On several devices the item table,
 Adam's moments and psi are split by `sevo_jax.sharding`, the batch by users; every device holds
-the whole graph.
+the whole graph. The step takes a batch that is drawn already (`benchmarks/sharded_step.py`);
+`experiments train --mesh` draws it in the same program, in streams.
 
 {table}
 
