@@ -60,6 +60,21 @@ def scale_by_corrected_adam(
 
     Raises:
       ValueError: `b1` or `b2` lies outside of [0, 1).
+      TypeError: one of the numbers is none.
+
+    Examples:
+      The second row has a gradient in the first step alone, and goes on with its estimate:
+
+      >>> import jax.numpy as jnp, numpy as np
+      >>> import sevo_jax
+      >>> adam = sevo_jax.scale_by_corrected_adam()
+      >>> state = adam.init(jnp.zeros((2, 1)))
+      >>> for gradient in ([[1.0], [1.0]], [[1.0], [0.0]], [[-1.0], [0.0]]):
+      ...   direction, state = adam.update(jnp.array(gradient), state)
+      ...   print(np.asarray(direction).ravel().round(3))
+      [1. 1.]
+      [1. 1.]
+      [0.262 1.   ]
 
     .. seealso:: :func:`sevo_adamw`
     """
