@@ -184,7 +184,7 @@ def _clean(
             column = _ids(column)
             if column.dtype == pl.String and not source.format.integer_ids:
                 # Of tab-separated files some quote the values that need it and no name.
-                marred = column.str.contains(r'^\s|\s$|^".*"$')
+                marred = column.str.contains(r'(?s)^\s|\s$|^".*"$')
                 check(~marred, role, "an id without blanks or quotes around it")
             if source.format.integer_ids:
                 digits = column.cast(pl.String).str.contains(r"^(0|-?[1-9]\d{0,17})$")
@@ -232,7 +232,7 @@ def _clean(
 
 def _ids(column: pl.Series) -> pl.Series:
     """Integers where every id is one, written without leading zeros or signs; else strings."""
-    if column.dtype.is_integer() or column.dtype.is_float():
+    if column.dtype.is_integer():
         return column
     text = column.cast(pl.String)
     numbers = text.cast(pl.Int64, strict=False)

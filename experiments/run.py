@@ -177,9 +177,9 @@ def fit(
       source: where the data came from, for the records.
       data_options: how it was chosen from there, as `train` takes it on the command line.
       resume: go on from the folder's newest checkpoint. Without it, a folder that holds a run
-        is an error. Data and settings must be the same. `epochs` alone may be more, unless the
-        schedule or the placement depends on it; the validation after what was the last epoch
-        then stays, whatever `eval_every`.
+        is an error. Data must be the same, and settings that change anything. `epochs` alone
+        may be more, unless the schedule or the placement depends on it; the validation after
+        what was the last epoch then stays, whatever `eval_every`.
       report: called after every epoch, and once before the first.
       mesh: devices to train on, see `experiments.mesh`; a run may go on on others. Of several
         processes all call this, see the same folder, and the first writes.
@@ -253,28 +253,30 @@ def fit_sweep(
     # Only now: what cannot be trained or ranked must not leave a folder behind.
     data = {"name": split.dataset.name, "source": source}
     data |= {"options": data_options} if data_options else {}
-    claim(folder, configs, split, seeds, data, resume)
-    logs = [
-        records.Log(
-            folder / label,
-            seeds,
-            _described(one, split, seeds, data) | (notes or {}).get(label, {}),
-        )
-        for label, one in configs.items()
-    ]
+    with locked(folder):
+        claim(folder, configs, split, seeds, data, resume)
+        logs = [
+            records.Log(
+                folder / label,
+                seeds,
+                _described(one, split, seeds, data) | (notes or {}).get(label, {}),
+            )
+            for label, one in configs.items()
+        ]
 
-    def log(
-        kind: str, epoch: Any, found: dict[str, np.ndarray], seconds: float, **what: Any
-    ) -> None:
-        epochs = np.broadcast_to(epoch, len(runs)).reshape(len(logs), -1)
-        for i, one in enumerate(logs):
-            part = slice(i * len(seeds), (i + 1) * len(seeds))
-            one.add(kind, epochs[i], {k: v[part] for k, v in found.items()}, seconds, **what)
+        def log(
+            kind: str, epoch: Any, found: dict[str, np.ndarray], seconds: float, **what: Any
+        ) -> None:
+            epochs = np.broadcast_to(epoch, len(runs)).reshape(len(logs), -1)
+            for i, one in enumerate(logs):
+                part = slice(i * len(seeds), (i + 1) * len(seeds))
+                one.add(
+                    kind, epochs[i], {k: v[part] for k, v in found.items()}, seconds, **what
+                )
 
-    def rank(params: Any, data: Any, part: int) -> Ranks:
-        return collect(trainer.rank(params, data, num_slots), len(parts[part].targets))
+        def rank(params: Any, data: Any, part: int) -> Ranks:
+            return collect(trainer.rank(params, data, num_slots), len(parts[part].targets))
 
-    with locked(folder / label for label in configs):
         with checkpoints(folder) as manager:
             progress = Progress.start(len(runs))
             if resume and manager.latest_step() is not None:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental.multihost_utils import sync_global_devices
+from jax.experimental.multihost_utils import broadcast_one_to_all, sync_global_devices
 
 from experiments import records
 from experiments.backbones import BACKBONES
@@ -34,6 +34,7 @@ except ImportError:  # not on Windows
 
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 
 
 @dataclass
@@ -119,35 +120,39 @@ def claim(
         _check_same(path, wanted[path])
     sync_global_devices("every process has looked")
     for path, run in wanted.items():
-        if path.exists() or jax.process_index() > 0:
+        if jax.process_index() > 0:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path.parent / "user_ids.npy", dataset.user_ids)  # runs of before have none
+        if path.exists():
+            continue
         np.save(path.parent / "item_ids.npy", dataset.item_ids)
-        np.save(path.parent / "user_ids.npy", dataset.user_ids)
         records.replace(path, json.dumps(run, indent=2))
     sync_global_devices("the folder is made")
 
 
 @contextmanager
-def locked(folders: Iterable[Path]) -> Iterator[None]:
-    """Holds the folders of runs: a second process would write its records between ours.
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder of runs: a second process would write its records between ours.
 
-    The system lets go of them when the process ends, however it does.
+    The system lets go of it when the process ends, however it does. Of several processes the
+    first holds it. There is no lock on Windows, nor where the file system has none.
     """
-    if fcntl is None or jax.process_index() > 0:
-        yield
-        return
+    is_ours = True
     with ExitStack() as stack:
-        for folder in folders:
-            file = stack.enter_context((folder / RUN).open("rb"))
+        if fcntl is not None and jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / LOCK).open("ab"))  # NFS wants it writable
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"`folder` {folder} is one that another process trains in right now."
-                ) from None
-            except OSError:  # a file system without locks
+            except (BlockingIOError, PermissionError):
+                is_ours = False
+            except OSError:
                 pass
+        if not broadcast_one_to_all(np.array(is_ours)):
+            raise ValueError(
+                f"`folder` {folder} is one that another process trains in right now."
+            )
         yield
 
 

@@ -281,7 +281,7 @@ def _sum_over_chunks(loss: Callable[..., jax.Array], shared: Any, chunks: Any, r
 
     def value(pieces: Any) -> jax.Array:
         chunk, (fixed, used) = pieces
-        # A stream ends in slots that its batch leaves unused.
+        # The last ones have no slot that counts.
         of_chunk = functools.partial(loss, shared, chunk, fixed)
         return jax.lax.cond(used, of_chunk, lambda: jnp.zeros_like(jax.eval_shape(of_chunk)))
 

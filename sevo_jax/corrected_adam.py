@@ -101,7 +101,7 @@ def scale_by_corrected_adam(
         if not isinstance(state, ScaleByCorrectedAdamState):  # plain moments would pass
             raise ValueError(
                 "`scale_by_corrected_adam`: `state` must be a ScaleByCorrectedAdamState, but "
-                f"is {type(state).__name__}, which another transformation made."
+                f"is {type(state).__name__}. Restore a checkpoint into what `init` returns."
             )
         count = optax.safe_increment(state.count)
         step1, step2 = _mean_step(b1, count), _mean_step(b2, count)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Literal
 
+import jax
 import jraph
 import numpy as np
 from numpy.typing import ArrayLike
@@ -232,8 +233,8 @@ def attribute_graph(attributes: Ragged, *, max_items: int | None = None) -> jrap
     if max_items is not None:
         check_positive("attribute_graph", "max_items", max_items)
     # As rows of ids, those of more than two columns would repeat themselves.
-    shape = getattr(attributes, "shape", ())
-    if len(shape) == 2 and shape[1] > 2 and np.isin(np.asarray(attributes), [0, 1]).all():
+    shape = attributes.shape if isinstance(attributes, np.ndarray | jax.Array) else ()
+    if len(shape) == 2 and shape[0] and shape[1] > 2 and np.isin(attributes, [0, 1]).all():
         raise ValueError(
             "`attribute_graph` takes rows of ids in `attributes`, but got a matrix of zeros "
             "and ones. `[np.flatnonzero(row) for row in matrix]` has the ids."

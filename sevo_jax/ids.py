@@ -17,6 +17,7 @@ def ragged(
     Where nothing limits the ids, they may be strings. The hint is for rows that are none.
     """
     if isinstance(rows, tuple) and len(rows) == 2:
+        _check_unmasked(function, name, rows[0])
         values, splits = np.atleast_1d(rows[0]), np.asarray(rows[1])
         if (
             splits.ndim != 1
@@ -41,12 +42,26 @@ def ragged(
                 f"`{function}` takes a list of rows of integers in `{name}`, but got a "
                 f"{type(rows).__name__}, which hands out its keys or columns."
             )
+        rows = list(rows)
         parts = [_row(function, name, i, row, hint) for i, row in enumerate(rows)]
+        if num_nodes is None and any(part.dtype.kind in "OTU" for part in parts):
+            parts = _texts(function, name, rows)
         values = np.concatenate([row for row in parts if len(row)] or [np.zeros(0, np.int32)])
         splits = np.cumsum([0, *map(len, parts)])
     if num_nodes is not None or values.dtype.kind != "U":
         check_ids(function, name, values, num_nodes, "num_nodes")
     return values, splits.astype(np.int64)
+
+
+def _texts(function: str, name: str, rows: Sequence[Any]) -> list[np.ndarray]:
+    """Rows of strings; NumPy would make strings of a missing value or a number beside one."""
+    for i, row in enumerate(rows):
+        if other := [x for x in row if not isinstance(x, str)]:
+            raise TypeError(
+                f"`{function}` takes integers or strings in `{name}`, not both and no missing "
+                f"values, but row {i} has {other[0]!r}."
+            )
+    return [np.asarray(row, str) for row in rows]
 
 
 def _row(function: str, name: str, index: int, row: Any, hint: str) -> np.ndarray:
@@ -60,11 +75,7 @@ def _row(function: str, name: str, index: int, row: Any, hint: str) -> np.ndarra
             f"`{function}` takes `{name}` as a list of flat arrays of ids, one per row, but "
             f"row {index} is {type(row).__name__} {found}.{hint}"
         )
-    if np.ma.is_masked(row):  # NumPy would drop the mask
-        raise ValueError(
-            f"`{function}`: row {index} of `{name}` has masked entries. Give what is left of "
-            "it, `row.compressed()`."
-        )
+    _check_unmasked(function, f"{name}[{index}]", row)
     if array.dtype == np.uint64 and (not len(array) or array.max() < 2**63):
         return array.astype(np.int64)  # beside int64, NumPy would make floats of both
     return array
@@ -97,7 +108,15 @@ def check_choice(function: str, name: str, value: str, valid: tuple[str, ...]) -
         raise ValueError(f"`{function}`: unknown `{name}` {value!r}, valid are {valid}.")
 
 
+def _check_unmasked(function: str, name: str, values: Any) -> None:
+    if np.ma.is_masked(values):  # NumPy would drop the mask
+        raise ValueError(
+            f"`{function}`: `{name}` has masked entries; give what is left, `.compressed()`."
+        )
+
+
 def as_array(function: str, name: str, values: Any) -> np.ndarray:
+    _check_unmasked(function, name, values)
     try:
         return np.asarray(values)
     except ValueError:  # nested lists of unequal lengths

@@ -157,7 +157,7 @@ def test_ablations_are_valid_and_share_programs(name):
 
 
 @pytest.mark.parametrize("model", ["sasrec", "gru4rec", "stosa", "bsarec"])
-def test_every_loss_trains_every_model_that_predicts_the_next_item(model):
+def test_every_model_that_predicts_the_next_item_takes_every_loss(model):
     """STOSA's term for pairs is in its preset and has no place in three of the losses."""
     arms, *_ = arms_of(Ablate(name="loss", model=model))
     objectives: list[Any] = [BACKBONES[model].objective(9, config) for config in arms.values()]

@@ -175,7 +175,7 @@ def test_a_run_goes_on_from_what_it_saved(
     def stop(progress: Progress) -> None:
         if progress.epoch == 2:
             with pytest.raises(ValueError, match="that another process trains in right now"):
-                with locked([folder]):
+                with locked(folder):
                     pass
             raise KeyboardInterrupt
 

@@ -359,7 +359,7 @@ def test_cross_entropy_computes_no_chunk_of_unused_slots(transform):
         return dot(states, items)
 
     states, items, _, _ = softmax_problem(dot, "float32")
-    weights = jnp.array([1.0, 0, 1, 1, 0, 0, 0])
+    weights = jnp.array([1.0, 0, 0, 1, 0, 0, 1])  # in three chunks, but for the order
     run = jax.jit(
         transform(lambda s: cross_entropy(counted, s, items, s[:, 0], weights, chunk_size=2))
     )

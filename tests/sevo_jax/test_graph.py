@@ -292,7 +292,25 @@ def test_ten_million_interactions():
         (
             lambda: sevo_jax.item_graph(np.ma.masked_equal([[1, 2], [0, 1]], 0), 3),
             ValueError,
-            "row 1 of `sequences` has masked entries",
+            r"`sequences\[1\]` has masked entries",
+        ),
+        (
+            lambda: sevo_jax.item_graph((np.ma.masked_equal([1, 2, 0], 0), [0, 3]), 3),
+            ValueError,
+            "`sequences` has masked entries",
+        ),
+        (
+            lambda: sevo_jax.bipartite_graph(np.ma.masked_equal([1, 0], 0), [0, 1], 3, 3),
+            ValueError,
+            "`users` has masked entries",
+        ),
+        *(
+            (
+                lambda rows=rows: sevo_jax.attribute_graph(rows),
+                TypeError,
+                "integers or strings in `attributes`, not both and no missing values, but row",
+            )
+            for rows in ([["Drama"], [np.nan]], [["a", None]], [["1"], [1]], [["a"], [True]])
         ),
         (
             lambda: sevo_jax.attribute_graph(np.eye(4, 3, dtype=int)),
