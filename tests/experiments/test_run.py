@@ -591,7 +591,7 @@ def test_a_run_file_that_cannot_be_read_is_named(text, message, tmp_path, split)
         load_run(tmp_path)
     with pytest.raises(ValueError, match=message):
         fit(TINY, split, (3, 5), tmp_path, resume=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.json"]
 
 
 def test_resuming_what_is_not_there_says_so(tmp_path, csv, capsys):
