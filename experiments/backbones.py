@@ -14,7 +14,7 @@ import models
 from experiments.averaging import averaged
 from experiments.batching import TrainData
 from experiments.config import Config
-from experiments.dataset import Split
+from experiments.dataset import Split, distinct_pairs
 from experiments.objectives import MaskedItem, NextItem, Objective, UserItem
 from models.distillation import Groups
 from sevo_jax import (
@@ -172,11 +172,8 @@ def prepare(graph: Any) -> Any:
 
 def user_item_graph(split: Split) -> Any:
     """Users first, then items; each distinct training pair is an edge of weight 1."""
-    values, row_splits = split.train
-    num_users, num_items = split.dataset.num_users, split.dataset.num_items
-    users = np.repeat(np.arange(num_users), np.diff(row_splits))
-    pairs = np.unique(users * num_items + values)
-    return bipartite_graph(pairs // num_items, pairs % num_items, num_users, num_items)
+    users, items = distinct_pairs(*split.train)
+    return bipartite_graph(users, items, split.dataset.num_users, split.dataset.num_items)
 
 
 def windows_per_step(config: Config, data: TrainData) -> int:

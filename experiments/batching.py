@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.config import Windows
+from experiments.dataset import distinct_pairs
 from models.layers import check_sizes
 from models.packing import Packed, pack
 
@@ -112,19 +113,16 @@ def training_data(
             "no user has the two training interactions that a target needs, or none before the "
             "first of `split_times`."
         )
-    gaps, gap_splits = _seen(values, splits, num_items)
+    gaps, gap_splits = _seen(values, splits)
     arrays = (values, start, length, warm_up, users, gaps, gap_splits, num_items)
     return TrainData(*(jnp.asarray(array, jnp.int32) for array in arrays))
 
 
-def _seen(values: np.ndarray, splits: np.ndarray, num_items: int):
+def _seen(values: np.ndarray, splits: np.ndarray):
     """Each user's distinct items s_0 < s_1 < ... as s_j - j: the unseen items below s_j."""
-    users = np.repeat(np.arange(len(splits) - 1), np.diff(splits))
-    pairs = np.unique(users * num_items + values)
-    counts = np.bincount(pairs // num_items, minlength=len(splits) - 1)
-    seen_splits = np.concatenate([[0], np.cumsum(counts)])
-    place = np.arange(len(pairs)) - np.repeat(seen_splits[:-1], counts)
-    return pairs % num_items - place, seen_splits
+    users, items = distinct_pairs(values, splits)
+    seen_splits = np.searchsorted(users, np.arange(len(splits)))
+    return items - (np.arange(len(items)) - seen_splits[users]), seen_splits
 
 
 def check_negatives(data: TrainData) -> None:

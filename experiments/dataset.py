@@ -332,6 +332,11 @@ class Split:
     def num_train(self) -> int:
         return len(self.train[0])
 
+    @cached_property
+    def popularity(self) -> np.ndarray:
+        """How often each item is trained on, int64 `[num_items]`; read-only."""
+        return _read_only(np.bincount(self.train[0], minlength=self.dataset.num_items))
+
     def fingerprint(self) -> str:
         """16 hexadecimal digits that tell this split of this data from others."""
         splits = self.dataset.row_splits
@@ -404,6 +409,21 @@ def global_time_split(dataset: Dataset, valid_from: float, test_from: float) -> 
         valid=train_end[(train_end < test) & (train_end > starts)],
         test=test[(test < ends) & (test > starts)],
     )
+
+
+def distinct_pairs(values: np.ndarray, row_splits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and items of a ragged array, ascending; an item that a row repeats counts once.
+
+    Args:
+      values: items, integers of at least 0 `[num_values]`.
+      row_splits: where each row begins and the last one ends `[num_rows + 1]`.
+
+    Returns:
+      int64 `[num_pairs]` both.
+    """
+    rows = np.repeat(np.arange(len(row_splits) - 1), np.diff(row_splits))
+    count = int(values.max(initial=0)) + 1  # pairs as numbers: sorting pairs takes longer
+    return np.divmod(np.unique(rows * count + values), count)
 
 
 def _slices(

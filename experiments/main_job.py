@@ -53,8 +53,7 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
     if options.data != "synthetic":
         console.print(f"sequences: {ORDERS[dataset.order]}")
     data = {"name": dataset.name, "items": dataset.num_items, "train": split.num_train}
-    trained = split.with_train_users(options.train_users or 1.0).train[0]
-    popularity = np.bincount(trained, minlength=dataset.num_items)
+    popularity = split.with_train_users(options.train_users or 1.0).popularity
     if len((part := split.evaluation("test")).targets):
         floor = metrics(rank_by_popularity(part, popularity), (SELECTION,))[SELECTION]
         console.print(f"the most popular items, to everyone: test {SELECTION} {floor:.4f}")

@@ -105,8 +105,7 @@ def combine(parts: Sequence[UserRanks]) -> UserRanks:
 
 def target_popularity(split: Split) -> np.ndarray:
     """How often training meets each target of the test, int64 `[num_targets]`; 0 is cold."""
-    counts = np.bincount(split.train[0], minlength=split.dataset.num_items)
-    return counts[split.evaluation("test").targets]
+    return split.popularity[split.evaluation("test").targets]
 
 
 def history_lengths(split: Split) -> np.ndarray:

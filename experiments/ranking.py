@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.dataset import Evaluation
+from experiments.dataset import Evaluation, distinct_pairs
 from models.packing import Packed, pack
 
 METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR@10")
@@ -103,18 +103,11 @@ def _lay_out(part: Evaluation, max_length: int, chunks: int, chunk_size: int):
         padded[:num] = array
         return padded.reshape(chunks, chunk_size)
 
-    pairs = np.stack(_distinct(part), axis=1)
+    pairs = np.stack(distinct_pairs(part.history_values, part.history_splits), axis=1)
     borders = np.searchsorted(pairs[:, 0], np.arange(1, chunks) * chunk_size)
     masked = np.split(pairs - (pairs[:, :1] // chunk_size) * [chunk_size, 0], borders)
     starts = part.history_splits[1:] - length
     return chunked(starts), chunked(length), chunked(part.targets), masked
-
-
-def _distinct(part: Evaluation) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and items of the histories, ascending, an item met twice but once."""
-    rows = np.repeat(np.arange(len(part.targets)), np.diff(part.history_splits))
-    count = int(part.history_values.max(initial=0)) + 1  # of ids; sorting pairs takes longer
-    return np.divmod(np.unique(rows * count + part.history_values), count)
 
 
 def rank_by_popularity(part: Evaluation, popularity: np.ndarray) -> Ranks:
@@ -131,7 +124,7 @@ def rank_by_popularity(part: Evaluation, popularity: np.ndarray) -> Ranks:
     not_above = np.searchsorted(ascending, of_target, "right")
     above = num_items - not_above
     ties = not_above - np.searchsorted(ascending, of_target, "left") - 1  # but the target
-    rows, items = _distinct(part)
+    rows, items = distinct_pairs(part.history_values, part.history_splits)
     seen, limits = popularity[items], of_target[rows]
     above -= np.bincount(rows[seen > limits], minlength=len(above))
     ties -= np.bincount(rows[seen == limits], minlength=len(above))

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,52 @@ class Log:
             )
         with self.path.open("ab") as file:
             file.truncate(length)
+
+
+class SweepLog:
+    """A `Log` for each of several settings; the seeds of a setting stand next to each other.
+
+    Args:
+      folder: of the sweep; each setting has the folder of its name below.
+      seeds: of each setting.
+      common: by setting, what the record of an evaluation repeats.
+    """
+
+    def __init__(
+        self, folder: Path, seeds: tuple[int, ...], common: Mapping[str, dict[str, Any]]
+    ):
+        self.seeds = seeds
+        self.logs = {label: Log(folder / label, seeds, one) for label, one in common.items()}
+        self.num_settings = len(self.logs)
+        self.runs = [(label, seed) for label in self.logs for seed in seeds]
+        self.runs_of = {
+            label: slice(place * len(seeds), (place + 1) * len(seeds))
+            for place, label in enumerate(self.logs)
+        }
+
+    def add(
+        self,
+        kind: str,
+        epoch: int | np.ndarray,
+        values: dict[str, np.ndarray],
+        seconds: float,
+        **what: Any,
+    ) -> None:
+        """One record for each run; see `Log.add`, with an entry for each of `runs`."""
+        epochs = np.broadcast_to(epoch, len(self.runs))
+        for label, log in self.logs.items():
+            part = self.runs_of[label]
+            mine = {name: value[part] for name, value in values.items()}
+            log.add(kind, epochs[part], mine, seconds, **what)
+
+    def flush(self) -> list[int]:
+        """Writes what was added; returns the length of each setting's file in bytes."""
+        return [log.flush() for log in self.logs.values()]
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """See `Log.truncate`; a length for each setting."""
+        for log, length in zip(self.logs.values(), lengths, strict=True):
+            log.truncate(length)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

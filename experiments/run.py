@@ -243,10 +243,7 @@ def fit_sweep(
             )
     split = split.with_train_users(config.train_users)  # what the records shall count
     trainer = make_trainer(config, split, swept, mesh=mesh, teacher=teacher)
-    parts = [split.evaluation("valid"), split.evaluation("test")]
-    (valid_data, test_data), num_slots = ranking_data(
-        parts, max_length=config.max_length - trainer.objective.num_queries
-    )
+    ranker = _Ranker(trainer, split, config.max_length)
     runs = [(label, seed) for label in configs for seed in seeds]
     values = {name: [getattr(configs[label], name) for label, _ in runs] for name in swept}
     state = start(trainer, [seed for _, seed in runs], values)
@@ -255,97 +252,122 @@ def fit_sweep(
     data |= {"options": data_options} if data_options else {}
     with locked(folder):
         claim(folder, configs, split, seeds, data, resume)
-        logs = [
-            records.Log(
-                folder / label,
-                seeds,
-                _described(one, split, seeds, data) | (notes or {}).get(label, {}),
-            )
+        common = {
+            label: _described(one, split, seeds, data) | (notes or {}).get(label, {})
             for label, one in configs.items()
-        ]
-
-        def log(
-            kind: str, epoch: Any, found: dict[str, np.ndarray], seconds: float, **what: Any
-        ) -> None:
-            epochs = np.broadcast_to(epoch, len(runs)).reshape(len(logs), -1)
-            for i, one in enumerate(logs):
-                part = slice(i * len(seeds), (i + 1) * len(seeds))
-                one.add(
-                    kind, epochs[i], {k: v[part] for k, v in found.items()}, seconds, **what
-                )
-
-        def rank(params: Any, data: Any, part: int) -> Ranks:
-            return collect(trainer.rank(params, data, num_slots), len(parts[part].targets))
-
+        }
+        log = records.SweepLog(folder, seeds, common)
         with checkpoints(folder) as manager:
             progress = Progress.start(len(runs))
             if resume and manager.latest_step() is not None:
                 state, progress = restore(manager, state)
-                if progress.epoch > config.epochs:
-                    raise ValueError(
-                        f"`epochs` is {config.epochs}, but the run in {folder} has come to "
-                        f"epoch {progress.epoch} already."
-                    )
-            for one, length in zip(
-                logs, progress.records_bytes or [0] * len(logs), strict=True
-            ):
-                one.truncate(length)
-            started, next_save = time.perf_counter() - progress.seconds, 0.0
-            for epoch in range(progress.epoch + 1, config.epochs + 1):
-                progress.epoch = epoch
-                if epoch > 0:
-                    began = time.perf_counter()
-                    state, loss = trainer.epoch(state, epoch)
-                    progress.loss = np.asarray(loss, np.float64)
-                    _check_finite(progress.loss, runs, epoch)
-                    # A setting's record has its share of the time.
-                    seconds = (time.perf_counter() - began) / len(logs)
-                    log("epoch", epoch, {"loss": progress.loss}, seconds)
-                if epoch % config.eval_every == 0 or epoch == config.epochs:
-                    found = metrics(rank(state.evaluated, valid_data, 0))
-                    progress.valid = found[SELECTION]
-                    improved = progress.valid > progress.best
-                    state = trainer.keep_best(state, improved)
-                    progress.best = np.where(improved, progress.valid, progress.best)
-                    progress.best_epoch = np.where(improved, epoch, progress.best_epoch)
-                    log("valid", epoch, found, time.perf_counter() - started)
-                progress.records_bytes = [one.flush() for one in logs]
-                progress.seconds = time.perf_counter() - started
-                # Of several processes each has its own clock, but all must save together.
-                if (
-                    epoch == config.epochs
-                    or time.perf_counter() >= next_save
-                    or jax.process_count() > 1
-                ):
-                    began = time.perf_counter()
-                    save(manager, epoch, state, progress)
-                    saved = time.perf_counter()
-                    next_save = saved + (saved - began) / SAVING
-                report(progress)
-        best_ranks = rank(state.best_params, test_data, 1)
-        test, last = metrics(best_ranks), metrics(rank(state.evaluated, test_data, 1))
-        log("test", progress.best_epoch, test, progress.seconds)
-        log("last_test", progress.epoch, last, progress.seconds)
-        kinds = {"popularity": target_popularity(split), "history": history_lengths(split)}
-        for by, values in kinds.items():
-            for bucket in bucket_metrics(best_ranks, values):
-                span = {"by": by, "low": bucket.low, "high": bucket.high}
-                span["targets"] = bucket.num_targets
-                log("bucket", progress.best_epoch, bucket.metrics, progress.seconds, **span)
-        results = []
-        for i, (label, one) in enumerate(configs.items()):
-            part = slice(i * len(seeds), (i + 1) * len(seeds))
+            if progress.epoch > config.epochs:
+                raise ValueError(
+                    f"`epochs` is {config.epochs}, but the run in {folder} has come to "
+                    f"epoch {progress.epoch} already."
+                )
+            log.truncate(progress.records_bytes or [0] * len(configs))
+            state = _train(config, ranker, state, progress, log, manager, report)
+        return _test(configs, split, ranker, state, progress, log, folder)
+
+
+class _Ranker:
+    """Ranks the held-out targets of a split by the tables of several runs."""
+
+    def __init__(self, trainer: Trainer, split: Split, max_length: int):
+        self.trainer = trainer
+        self.parts = {part: split.evaluation(part) for part in ("valid", "test")}
+        data, self.num_slots = ranking_data(
+            list(self.parts.values()), max_length=max_length - trainer.objective.num_queries
+        )
+        self.data = dict(zip(self.parts, data, strict=True))
+
+    def __call__(self, params: Any, part: str) -> Ranks:
+        """Ranks `[R, num_targets]` of `"valid"` or `"test"`."""
+        found = self.trainer.rank(params, self.data[part], self.num_slots)
+        return collect(found, len(self.parts[part].targets))
+
+
+def _train(
+    config: Config,
+    ranker: _Ranker,
+    state: TrainState,
+    progress: Progress,
+    log: records.SweepLog,
+    manager: Any,
+    report: Callable[[Progress], None],
+) -> TrainState:
+    """Trains from where `progress` stands to the last epoch, and moves it on."""
+    trainer = ranker.trainer
+    started, next_save = time.perf_counter() - progress.seconds, 0.0
+    for epoch in range(progress.epoch + 1, config.epochs + 1):
+        progress.epoch = epoch
+        if epoch > 0:
+            began = time.perf_counter()
+            state, loss = trainer.epoch(state, epoch)
+            progress.loss = np.asarray(loss, np.float64)
+            _check_finite(progress.loss, log.runs, epoch)
+            # A setting's record has its share of the time.
+            seconds = (time.perf_counter() - began) / log.num_settings
+            log.add("epoch", epoch, {"loss": progress.loss}, seconds)
+        if epoch % config.eval_every == 0 or epoch == config.epochs:
+            found = metrics(ranker(state.evaluated, "valid"))
+            progress.valid = found[SELECTION]
+            improved = progress.valid > progress.best
+            state = trainer.keep_best(state, improved)
+            progress.best = np.where(improved, progress.valid, progress.best)
+            progress.best_epoch = np.where(improved, epoch, progress.best_epoch)
+            log.add("valid", epoch, found, time.perf_counter() - started)
+        progress.records_bytes = log.flush()
+        progress.seconds = time.perf_counter() - started
+        # Of several processes each has its own clock, but all must save together.
+        if (
+            epoch == config.epochs
+            or time.perf_counter() >= next_save
+            or jax.process_count() > 1
+        ):
+            began = time.perf_counter()
+            save(manager, epoch, state, progress)
+            saved = time.perf_counter()
+            next_save = saved + (saved - began) / SAVING
+        report(progress)
+    return state
+
+
+def _test(
+    configs: Mapping[str, Config],
+    split: Split,
+    ranker: _Ranker,
+    state: TrainState,
+    progress: Progress,
+    log: records.SweepLog,
+    folder: Path,
+) -> list[Result]:
+    """Tests every run at its best validation and as it is now; keeps metrics and ranks."""
+    best_ranks = ranker(state.best_params, "test")
+    test, last = metrics(best_ranks), metrics(ranker(state.evaluated, "test"))
+    log.add("test", progress.best_epoch, test, progress.seconds)
+    log.add("last_test", progress.epoch, last, progress.seconds)
+    kinds = {"popularity": target_popularity(split), "history": history_lengths(split)}
+    for by, values in kinds.items():
+        for bucket in bucket_metrics(best_ranks, values):
+            span = {"by": by, "low": bucket.low, "high": bucket.high}
+            span["targets"] = bucket.num_targets
+            log.add("bucket", progress.best_epoch, bucket.metrics, progress.seconds, **span)
+    results = []
+    for label, config in configs.items():
+        part = log.runs_of[label]
+        if jax.process_index() == 0:
             ranks = {name: values[part] for name, values in best_ranks._asdict().items()}
-            if jax.process_index() == 0:
-                temporary = folder / label / "ranks.tmp.npz"
-                np.savez_compressed(temporary, seeds=seeds, users=parts[1].users, **ranks)
-                temporary.replace(folder / label / "ranks.npz")
-            logs[i].flush()  # the tests, which make it a finished run
-            best, newest = ({k: v[part] for k, v in found.items()} for found in (test, last))
-            results.append(
-                Result(one, seeds, best, newest, progress.best_epoch[part], progress.seconds)
-            )
-        return results
+            users = ranker.parts["test"].users
+            temporary = folder / label / "ranks.tmp.npz"
+            np.savez_compressed(temporary, seeds=log.seeds, users=users, **ranks)
+            temporary.replace(folder / label / "ranks.npz")
+        best, newest = ({k: v[part] for k, v in found.items()} for found in (test, last))
+        epochs = progress.best_epoch[part]
+        results.append(Result(config, log.seeds, best, newest, epochs, progress.seconds))
+    log.flush()  # the tests, which make it a finished run
+    return results
 
 
 def _described(

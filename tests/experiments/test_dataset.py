@@ -13,6 +13,7 @@ from experiments.dataset import (
     Attributes,
     Dataset,
     Split,
+    distinct_pairs,
     drop_repeats,
     global_time_split,
     k_core,
@@ -182,6 +183,30 @@ def test_the_order_is_no_part_of_the_fingerprint():
     ]
     assert [dataset.order for dataset in datasets] == ["file", "timestamp", "position"]
     assert len({leave_one_out(dataset).fingerprint() for dataset in datasets}) == 1
+
+
+@given(datasets())
+@settings(max_examples=50, deadline=None)
+def test_distinct_pairs_and_popularity_are_those_of_python(dataset):
+    rows, items = distinct_pairs(dataset.values, dataset.row_splits)
+    found = list(zip(rows.tolist(), items.tolist(), strict=True))
+    assert found == [
+        (user, item)
+        for user, sequence in enumerate(sequences(dataset))
+        for item in sorted(set(sequence))
+    ]
+    split = leave_one_out(dataset)
+    trained = split.train[0].tolist()
+    assert split.popularity.tolist() == [trained.count(i) for i in range(dataset.num_items)]
+
+
+def test_distinct_pairs_of_empty_rows():
+    rows, items = distinct_pairs(np.array([4, 4], np.int32), np.array([0, 0, 2, 2]))
+    assert rows.tolist() == [1] and items.tolist() == [4]
+    assert [part.size for part in distinct_pairs(np.zeros(0, np.int32), np.zeros(3, int))] == [
+        0,
+        0,
+    ]
 
 
 def test_sequence_of_an_unknown_user():
