@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -236,8 +237,8 @@ def k_core(dataset: Dataset, k: int) -> Dataset:
     Ids are made contiguous again in the same order; the interactions lost are counted in
     `drops["k_core"]`.
     """
-    if k < 1:
-        raise ValueError(f"`k` must be at least 1, got {k}.")
+    if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
+        raise ValueError(f"`k` of `k_core` must be an integer of at least 1, got {k!r}.")
     users, items = dataset.users, dataset.values
     kept = np.arange(dataset.num_interactions)
     while True:

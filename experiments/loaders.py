@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from numbers import Real
 from pathlib import Path
 
 import polars as pl
@@ -92,7 +93,13 @@ def load(
     by_name = format is None
     format = format or _format_of(path)
     if format not in FORMATS:
-        raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {format!r}.")
+        raise ValueError(
+            f"`format` (--data-format) must be one of {', '.join(FORMATS)}, got {format!r}."
+        )
+    if min_rating is not None and (
+        isinstance(min_rating, bool) or not isinstance(min_rating, Real)
+    ):
+        raise TypeError(f"`min_rating` must be a number, got {min_rating!r}.")
 
     def opened(format: str) -> Source:
         names = {**FORMATS[format].columns, **columns}

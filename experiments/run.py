@@ -227,6 +227,11 @@ def fit_sweep(
       notes: by name, what the records of a setting's evaluations say besides.
       teacher: see `make_trainer`.
     """
+    if not isinstance(split, Split):
+        raise TypeError(f"`split` must be a Split, got a {type(split).__name__}.")
+    for one in configs.values():
+        if not isinstance(one, Config):
+            raise TypeError(f"`config` must be a Config, got a {type(one).__name__}.")
     seeds = check_seeds(seeds)
     folder = Path(folder)
     config, *others = configs.values()

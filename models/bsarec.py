@@ -11,6 +11,7 @@ from models.layers import (
     attend,
     check_cosine_scale,
     check_heads,
+    check_number,
     check_rates,
     check_sizes,
     dropout,
@@ -76,6 +77,7 @@ class BSARec(Encoder, DotProduct, nnx.Module):
             filter_cutoff=filter_cutoff,
         )
         check_rates(dropout_rate=dropout_rate, attention_dropout_rate=attention_dropout_rate)
+        check_number("filter_weight", filter_weight)
         if not 0 <= filter_weight <= 1:
             raise ValueError(f"`filter_weight` must be in [0, 1], got {filter_weight}.")
         self.max_length = max_length

@@ -61,7 +61,8 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"`{name}` must be a positive integer, got {size!r}.")
 
 
-def _check_number(name: str, value: float) -> None:
+def check_number(name: str, value: float) -> None:
+    """Refuses what is no real number, by its name."""
     scalar = isinstance(value, jax.Array) and value.ndim == 0
     if isinstance(value, bool) or not (scalar or isinstance(value, numbers.Real)):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
@@ -70,13 +71,13 @@ def _check_number(name: str, value: float) -> None:
 def check_positive(**values: float) -> None:
     """Refuses numbers, by their names, that are not positive and finite."""
     for name, value in values.items():
-        _check_number(name, value)
+        check_number(name, value)
         if not 0 < value < math.inf:
             raise ValueError(f"`{name}` must be positive, got {value}.")
 
 
 def check_cosine_scale(cosine_scale: float) -> None:
-    _check_number("cosine_scale", cosine_scale)
+    check_number("cosine_scale", cosine_scale)
     if not 0 <= cosine_scale < math.inf:
         raise ValueError(f"`cosine_scale` must be at least 0, got {cosine_scale}.")
 
@@ -91,7 +92,7 @@ def check_heads(dim: int, num_heads: int) -> None:
 def check_rates(**rates: float) -> None:
     """Refuses rates of dropout, by their names, that are no share below one."""
     for name, rate in rates.items():
-        _check_number(name, rate)
+        check_number(name, rate)
         if not 0 <= rate < 1:
             raise ValueError(f"`{name}` must be in [0, 1), got {rate}.")
 

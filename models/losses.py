@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.layers import check_sizes
+from models.layers import check_number, check_sizes
 from models.scoring import Items, States
 
 
@@ -56,6 +56,7 @@ def gbce(
     """
     if num_items < 2:
         raise ValueError(f"`gbce`: `num_items` must be at least 2, got {num_items}.")
+    check_number("t", t)
     if not 0 <= t <= 1:
         raise ValueError(f"`gbce`: `t` must lie in [0, 1], got {t}.")
     rate = _per_negative(positive, negative).shape[1] / (num_items - 1)

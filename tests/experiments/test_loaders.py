@@ -299,6 +299,8 @@ def test_optional_columns(tmp_path):
     assert dataset.values.tolist() == [1, 0, 1]  # without a time the same row may come twice
     assert dataset.timestamps is None
     fails(path, CASES["csv"], None, "`min_rating` needs a rating column", min_rating=3)
+    with pytest.raises(TypeError, match="`min_rating` must be a number, got '3'"):
+        load(path, min_rating="3")  # type: ignore
 
 
 def test_column_named_twice(tmp_path):
@@ -588,7 +590,7 @@ def test_folders_and_names(tmp_path):
     with pytest.raises(ValueError, match="unknown kind of file; pass `format` .* one of"):
         load(tmp_path / "log.xyz")
     assert load(tmp_path / "log.xyz", format="id-lines").num_users == 1
-    with pytest.raises(ValueError, match="`format` must be one of .*, got 'xyz'"):
+    with pytest.raises(ValueError, match=r"`format` \(--data-format\) must be one of .*'xyz'"):
         load(tmp_path / "log.xyz", format="xyz")
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "absent.csv")

@@ -285,6 +285,14 @@ def test_data_that_cannot_be_ranked_leave_no_folder(tmp_path):
     assert not (tmp_path / "short").exists()
 
 
+def test_swapped_arguments_are_named(split, tmp_path):
+    with pytest.raises(TypeError, match="`split` must be a Split, got a Config"):
+        fit(split, TINY, (0,), tmp_path / "none")  # type: ignore
+    with pytest.raises(TypeError, match="`config` must be a Config, got a dict"):
+        fit({"epochs": 1}, split, (0,), tmp_path / "none")  # type: ignore
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("seeds", [(), (1, 1), (-1,), (5_000_000_000,)])
 def test_seeds_are_checked(split, tmp_path, seeds):
     with pytest.raises(ValueError, match="`seeds` must be (distinct and at least one|from 0)"):

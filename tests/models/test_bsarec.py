@@ -263,3 +263,5 @@ def test_initial_values():
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
+    with pytest.raises(TypeError, match="`filter_weight` must be a number, got None"):
+        build(filter_weight=None)
