@@ -225,12 +225,14 @@ class Ablate(Job):
 
 @dataclass
 class Recommend:
-    """Print the best next items for a history, from a run's checkpoint."""
+    """Print the best next items for a history or a user, from a run's checkpoint."""
 
     run: Path
     """The folder of a run, such as runs/synthetic-sasrec/sevo_adamw."""
-    history: tuple[str, ...]
+    history: tuple[str, ...] = ()
     """External item ids, oldest first."""
+    user: str | None = None
+    """In place of a history, the external id of a user of the run's data."""
     top: int = 10
     """How many items to print."""
     seed: int | None = None

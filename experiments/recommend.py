@@ -1,60 +1,102 @@
-"""The best next items for a history, from a run's checkpoint."""
+"""The best next items for a history or a user, from a run's checkpoint."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.backbones import BACKBONES
-from experiments.options import Recommend
+from experiments import records
+from experiments.backbones import BACKBONES, prepare, user_item_graph
+from experiments.dataset import Split
+from experiments.main_job import split_of
+from experiments.options import Job, Recommend
 from experiments.ranking import Histories
-from experiments.run_folder import load_run
+from experiments.run_folder import RUN, load_run
 from models.layers import check_sizes
 
 
 def top_items(
-    folder: str | Path, history: Sequence[str], top: int = 10, seed: int | None = None
+    folder: str | Path,
+    history: Sequence[str] = (),
+    top: int = 10,
+    seed: int | None = None,
+    *,
+    user: str | None = None,
 ) -> list[tuple[str, float]]:
-    """External ids and scores of the `top` items that `history` does not hold, best first.
+    """External ids and scores of the `top` items that are not in the history, best first.
 
     Args:
       folder: of a run.
-      history: external item ids, oldest first, at least one.
+      history: external item ids, oldest first, at least one. Not with `user`.
       top: how many items, at most all that are not in the history.
       seed: one of the run's seeds; the first by default.
+      user: an external user id, in place of a history: all that the user did in the data of
+        the run, which are read again. MF and LightGCN know users alone.
     """
     if isinstance(history, str):
         raise TypeError(f"`history` must be a sequence of ids, got the string {history!r}.")
-    if len(history) == 0:
-        raise ValueError("`history` must hold at least one item.")
+    if (len(history) == 0) == (user is None):
+        raise ValueError("either `history` must hold at least one item, or `user` be an id.")
     check_sizes(top=top)
     module, item_ids, config = load_run(folder, seed)
-    if config.windows == "users":
-        raise ValueError(f"`folder` {folder} holds {config.model}, which knows no sequences.")
-    known = {str(external): item for item, external in enumerate(item_ids)}
-    if unknown := [external for external in history if str(external) not in known]:
-        raise ValueError(
-            f"`history` holds items that the run does not know: {', '.join(unknown[:5])}. "
-            f"Its {len(item_ids):,} items are named like {item_ids[0]}."
-        )
-    items = np.array([known[str(external)] for external in history])
+    row, context = 0, None
+    if user is None:
+        if config.windows == "users":
+            raise ValueError(
+                f"`folder` {folder} holds {config.model}, which knows no sequences; give a "
+                "`user`."
+            )
+        items = _places("history", history, item_ids)
+    else:
+        split = _data(Path(folder))
+        (row,) = _places("user", [user], split.dataset.user_ids)
+        items = split.dataset.sequence(row)
+        if config.model == "lightgcn":
+            context = prepare(user_item_graph(split))
     objective = BACKBONES[config.model].objective(len(item_ids), config)
     newest = items[-(config.max_length - objective.num_queries) :]
-    one = jnp.array([0])
-    histories = Histories(jnp.asarray(newest, jnp.int32), one, jnp.array([len(newest)]), one)
-    scores = np.array(objective.scorer(module, len(newest), None)(histories)[0])
+    length, zero = jnp.array([len(newest)]), jnp.array([0])
+    histories = Histories(jnp.asarray(newest, jnp.int32), zero, length, jnp.array([row]))
+    scores = np.array(objective.scorer(module, len(newest), context)(histories)[0])
     scores[items] = -np.inf
     best = np.argsort(-scores, kind="stable")[: min(top, int(np.isfinite(scores).sum()))]
     return [(str(item_ids[item]), float(scores[item])) for item in best]
 
 
+def _places(name: str, asked: Sequence[str], ids: np.ndarray) -> np.ndarray:
+    """The rows of external ids."""
+    known = {str(external): row for row, external in enumerate(ids)}
+    if unknown := [str(external) for external in asked if str(external) not in known]:
+        raise ValueError(
+            f"`{name}` holds what the run does not know: {', '.join(unknown[:5])}. Its "
+            f"{len(ids):,} {name if name == 'user' else 'item'}s are named like {ids[0]}."
+        )
+    return np.array([known[str(external)] for external in asked])
+
+
+def _data(folder: Path) -> Split:
+    """The data that a run was trained on, read again."""
+    held = records.read_object(folder / RUN)["data"]
+    if not held["source"]:
+        raise ValueError(f"`folder` {folder} does not say where its data lie (`source`).")
+    words = ["--data", held["source"], *shlex.split(held.get("options", ""))]
+    _, split = split_of(tyro.cli(Job, args=words))
+    if split.fingerprint() != held.get("fingerprint"):
+        raise ValueError(f"{held['source']} is no longer what {folder} was trained on.")
+    return split
+
+
 def recommend(options: Recommend, console: Console | None = None) -> None:
     """Runs `python -m experiments recommend`."""
     table = Table("rank", "item", "score")
-    found = top_items(options.run, options.history, options.top, options.seed)
+    found = top_items(
+        options.run, options.history, options.top, options.seed, user=options.user
+    )
     for rank, (item, score) in enumerate(found, start=1):
         table.add_row(str(rank), item, f"{score:.4f}")
     (console or Console()).print(table)

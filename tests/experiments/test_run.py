@@ -4,7 +4,6 @@ import inspect
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -26,11 +24,10 @@ from experiments import cli, main_job, records, run
 from experiments.backbones import BACKBONES
 from experiments.config import Config
 from experiments.dataset import Dataset, leave_one_out
-from experiments.objectives import MaskedItem, NextItem
+from experiments.objectives import NextItem
 from experiments.presets import PRESETS, preset
 from experiments.published import official_curve, published
 from experiments.ranking import METRICS, collect, metrics, rank_targets, ranking_data
-from experiments.recommend import top_items
 from experiments.run import fit, make_trainer
 from experiments.run_folder import Progress, claim, load_run, locked
 from experiments.synthetic import synthetic
@@ -366,82 +363,6 @@ def test_a_killed_run_resumes_to_the_same_bits(csv, uninterrupted, tmp_path, how
     assert start(command(csv, tmp_path, "--resume"), tmp_path).wait(timeout=500) == 0
     assert without_times(folder) == without_times(uninterrupted)
     assert final_state(folder) == final_state(uninterrupted)
-
-
-def test_recommend_leaves_out_the_history(finished, split):
-    _, folder = finished
-    names = split.dataset.item_ids
-    history = [str(names[i]) for i in split.dataset.sequence(0)]
-    found = top_items(folder, history, top=7, seed=5)
-    assert len({item for item, _ in found}) == 7
-    assert not {item for item, _ in found} & set(history)
-    scores = [score for _, score in found]
-    assert scores == sorted(scores, reverse=True)
-    everything = top_items(folder, history, top=1000)
-    assert len(everything) == split.dataset.num_items - len(set(history))
-
-
-@pytest.mark.parametrize("model", ["sasrec", "bert4rec"])
-def test_recommended_scores_are_those_of_the_padded_model(finished, split, tmp_path, model):
-    """Of the newest items, with room for the query at the end that BERT4Rec needs."""
-    _, folder = finished
-    if model == "bert4rec":
-        fixed: dict[str, Any] = {"windows": "items", "loss": "cross_entropy", "epochs": 1}
-        config = replace(TINY, model="bert4rec", num_blocks=1, num_heads=2, **fixed)
-        folder = tmp_path / "run"
-        fit(config, split, (3,), folder, source="here")
-    module, item_ids, config = load_run(folder, 3)
-    items = np.random.default_rng(0).permutation(len(item_ids))[:14]
-    query = [MaskedItem.MASK] if model == "bert4rec" else []
-    room = config.max_length - len(query)
-    row = [*(items[-room:] + module.num_special), *query]
-    states = module(jnp.array([row]))[:, -1]
-    expected = np.asarray(module.score_all(states, module.items()))[0]
-    found = top_items(folder, [str(item_ids[i]) for i in items], top=1000, seed=3)
-    others = {str(item_ids[i]): expected[i] for i in range(len(item_ids)) if i not in items}
-    assert {item for item, _ in found} == set(others)
-    for item, score in found:
-        assert score == pytest.approx(others[item], abs=1e-5)
-
-
-def test_a_history_is_no_string(finished):
-    _, folder = finished
-    with pytest.raises(TypeError, match="`history` must be a sequence of ids, got the string"):
-        top_items(folder, "11")
-    with pytest.raises(ValueError, match="`top` must be a positive integer, got 2.5"):
-        top_items(folder, np.array(["c000-0017"]), top=2.5)  # type: ignore
-
-
-def test_the_command_prints_what_is_recommended(finished, split, capsys):
-    _, folder = finished
-    history = [str(split.dataset.item_ids[i]) for i in split.dataset.sequence(0)]
-    cli.main(["recommend", "--run", str(folder), "--top", "2", "--history", *history])
-    printed = capsys.readouterr().out
-    for rank, (item, score) in enumerate(top_items(folder, history, top=2), start=1):
-        assert re.search(rf"{rank}\W+{re.escape(item)}\W+{score:.4f}", printed)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"history": []}, "`history` must hold at least one item"),
-        ({"history": ["c000-0017", "nothing"]}, "does not know: nothing"),
-        ({"top": 0}, "`top` must be a positive integer, got 0"),
-        ({"seed": 9}, r"`seed` must be one of the run's \[3, 5\], got 9"),
-    ],
-)
-def test_recommend_says_what_is_wrong(finished, arguments, message):
-    _, folder = finished
-    with pytest.raises(ValueError, match=message):
-        top_items(folder, **({"history": ["c000-0017"]} | arguments))
-
-
-def test_recommend_needs_a_run(finished, tmp_path):
-    _, folder = finished
-    with pytest.raises(ValueError, match=r"holds no run: there is no run\.json in it\.$"):
-        top_items(tmp_path, ["1"])
-    with pytest.raises(ValueError, match=f"Runs are in {re.escape(str(folder))}"):
-        top_items(folder.parent, ["1"])
 
 
 def test_a_file_is_no_place_for_runs(tmp_path):

@@ -1,0 +1,163 @@
+"""What is recommended, of runs over a file of interactions."""
+
+import re
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import cli
+from experiments.backbones import prepare, user_item_graph
+from experiments.dataset import leave_one_out
+from experiments.loaders import load
+from experiments.objectives import MaskedItem
+from experiments.recommend import top_items
+from experiments.run_folder import load_run
+from experiments.synthetic import synthetic
+
+MODELS = ("sasrec", "bert4rec", "mf", "lightgcn")
+SETTINGS = "--seeds 3 5 --epochs 1 --dim 8 --batch-size 64 --optimizers adamw"
+LENGTHS = {"sasrec": 10, "bert4rec": 10}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    dataset = synthetic(num_users=120, num_items=100, num_communities=2)
+    path = tmp_path_factory.mktemp("data") / "small.csv"
+    rows = zip(dataset.users, dataset.values, range(dataset.num_interactions), strict=True)
+    path.write_text("user,item,timestamp\n" + "".join(f"u{u},i{i},{t}\n" for u, i, t in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def dataset(data):
+    return load(data, k_core=3)
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory) -> Path:
+    """A run of each of `MODELS` below one folder."""
+    out = tmp_path_factory.mktemp("runs")
+    for model in MODELS:
+        length = f"--max-length {LENGTHS[model]}" if model in LENGTHS else ""
+        options = f"train --data {data} --k-core 3 --model {model} --out {out / model} {length}"
+        cli.main([*options.split(), *SETTINGS.split()])
+    return out
+
+
+@pytest.fixture(scope="module")
+def sasrec(runs) -> Path:
+    return runs / "sasrec" / "adamw"
+
+
+def names(dataset, items) -> list[str]:
+    return [str(dataset.item_ids[item]) for item in items]
+
+
+def assert_ranked(found, dataset, scores: np.ndarray, history) -> None:
+    """All items but those of the history, with these scores, best first."""
+    expected = {str(name): score for name, score in zip(dataset.item_ids, scores, strict=True)}
+    assert {item for item, _ in found} == set(expected) - set(history)
+    for item, score in found:
+        assert score == pytest.approx(expected[item], abs=1e-5)
+    assert [score for _, score in found] == sorted((s for _, s in found), reverse=True)
+
+
+@pytest.mark.parametrize("model", ["sasrec", "bert4rec"])
+def test_scores_of_a_history_are_those_of_the_padded_model(runs, dataset, model):
+    """Of the newest items, with room for the query at the end that BERT4Rec needs."""
+    folder = runs / model / "adamw"
+    module, _, config = load_run(folder, 3)
+    items = np.random.default_rng(0).permutation(dataset.num_items)[:14]
+    query = [MaskedItem.MASK] if model == "bert4rec" else []
+    room = config.max_length - len(query)
+    row = [*(items[-room:] + module.num_special), *query]
+    states = module(jnp.array([row]))[:, -1]
+    scores = np.asarray(module.score_all(states, module.items()))[0]
+    history = names(dataset, items)
+    assert_ranked(top_items(folder, history, 1000, 3), dataset, scores, history)
+    assert len(top_items(folder, history, top=7)) == 7
+
+
+@pytest.mark.parametrize("model", ["mf", "lightgcn"])
+def test_scores_of_a_user_are_those_of_its_row(runs, dataset, model):
+    folder = runs / model / "adamw"
+    module, _, _ = load_run(folder, 5)
+    row = 17
+    if model == "mf":
+        users, items = module.users(jnp.arange(dataset.num_users)), module.items()
+    else:
+        users, items = module.propagate(prepare(user_item_graph(leave_one_out(dataset))))
+    scores = np.asarray(users[row] @ items.T)
+    history = names(dataset, dataset.sequence(row))
+    found = top_items(folder, top=1000, seed=5, user=str(dataset.user_ids[row]))
+    assert_ranked(found, dataset, scores, history)
+    with pytest.raises(ValueError, match=f"holds {model}, which knows no sequences; give a `u"):
+        top_items(folder, history)
+
+
+def test_a_user_of_the_data_stands_for_its_history(sasrec, dataset):
+    history = names(dataset, dataset.sequence(4))
+    user = str(dataset.user_ids[4])
+    assert top_items(sasrec, user=user) == top_items(sasrec, history)
+
+
+def test_the_data_must_be_there_and_the_same(sasrec, dataset, data, tmp_path):
+    user = str(dataset.user_ids[0])
+    before = data.read_text()
+    try:
+        data.write_text(before + "u1,i1,9999\n")
+        with pytest.raises(ValueError, match=r"small\.csv is no longer what .* was trained on"):
+            top_items(sasrec, user=user)
+        data.unlink()
+        with pytest.raises(FileNotFoundError, match=r"small\.csv"):
+            top_items(sasrec, user=user)
+    finally:
+        data.write_text(before)
+    shutil.copytree(sasrec, tmp_path / "run")  # as `fit` keeps it without a `source`
+    held = (sasrec / "run.json").read_text()
+    (tmp_path / "run" / "run.json").write_text(held.replace(str(data), ""))
+    with pytest.raises(ValueError, match="does not say where its data lie"):
+        top_items(tmp_path / "run", user=user)
+
+
+def test_a_history_is_no_string(sasrec):
+    with pytest.raises(TypeError, match="`history` must be a sequence of ids, got the string"):
+        top_items(sasrec, "11")
+    with pytest.raises(ValueError, match="`top` must be a positive integer, got 2.5"):
+        top_items(sasrec, np.array(["i1"]), top=2.5)  # type: ignore
+
+
+@pytest.mark.parametrize("by", ["history", "user"])
+def test_the_command_prints_what_is_recommended(sasrec, dataset, capsys, by):
+    history, user = names(dataset, dataset.sequence(0)), str(dataset.user_ids[0])
+    asked = ["--history", *history] if by == "history" else ["--user", user]
+    cli.main(["recommend", "--run", str(sasrec), "--top", "2", *asked])
+    printed = capsys.readouterr().out
+    for rank, (item, score) in enumerate(top_items(sasrec, history, top=2), start=1):
+        assert re.search(rf"{rank}\W+{re.escape(item)}\W+{score:.4f}", printed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"history": []}, "either `history` must hold at least one item, or `user` be an id"),
+        ({"user": "u1"}, "either `history` must hold at least one item, or `user` be an id"),
+        ({"history": ["i1", "nothing"]}, r"know: nothing\. Its \d+ items are named like i"),
+        ({"history": [], "user": "me"}, r"know: me\. Its \d+ users are named like u"),
+        ({"top": 0}, "`top` must be a positive integer, got 0"),
+        ({"seed": 9}, r"`seed` must be one of the run's \[3, 5\], got 9"),
+    ],
+)
+def test_what_is_wrong_is_said(sasrec, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        top_items(sasrec, **({"history": ["i1"]} | arguments))
+
+
+def test_a_run_is_needed(sasrec, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no run: there is no run\.json in it\.$"):
+        top_items(tmp_path, ["1"])
+    with pytest.raises(ValueError, match=f"Runs are in {re.escape(str(sasrec))}"):
+        top_items(sasrec.parent, ["1"])
