@@ -15,8 +15,9 @@ from rich.table import Table
 from experiments import study
 from experiments.backbones import fixed
 from experiments.config import Config, Loss
+from experiments.data import split_of
 from experiments.distillation import TEACHER, distillation
-from experiments.main_job import check_out, show, split_of
+from experiments.main_job import check_out, show
 from experiments.options import Ablate
 from experiments.presets import preset
 from experiments.ranking import METRICS

@@ -11,8 +11,8 @@ import numpy as np
 from rich.console import Console
 
 from experiments.config import Config, Model
+from experiments.data import split_of
 from experiments.dataset import Dataset, Split, leave_one_out
-from experiments.main_job import split_of
 from experiments.options import Ablate
 from experiments.presets import preset, preset_name
 from experiments.published import TRAINING_SECONDS

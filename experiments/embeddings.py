@@ -17,8 +17,8 @@ from rich.console import Console
 
 from experiments.backbones import BACKBONES
 from experiments.config import Config
+from experiments.data import split_of
 from experiments.dataset import Attributes, Split
-from experiments.main_job import split_of
 from experiments.options import Ablate
 from experiments.presets import preset
 from experiments.run import make_trainer, start

@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from experiments.config import Config
-from experiments.dataset import Dataset, Split, global_time_split, leave_one_out
-from experiments.loaders import instants, load
+from experiments.data import split_of
 from experiments.mesh import make_mesh
-from experiments.options import Job, Train
+from experiments.options import Train
 from experiments.plots import plot_run
 from experiments.presets import known_name
 from experiments.published import SIZES, has_other_sizes, published
@@ -27,7 +25,6 @@ from experiments.ranking import METRICS, metrics, rank_by_popularity
 from experiments.run import SELECTION, Result, fit
 from experiments.run_folder import Progress, check_free
 from experiments.statistics import spread
-from experiments.synthetic import synthetic
 
 ORDERS = {
     "timestamp": "by timestamp",
@@ -116,32 +113,6 @@ def join_mesh(options: Train) -> Mesh | None:
         except RuntimeError as error:
             raise OSError(f"the coordinator {options.coordinator} failed: {error}") from None
     return None if options.mesh is None else make_mesh(options.mesh)
-
-
-def split_of(options: Job) -> tuple[Dataset, Split]:
-    """The data that the options name, and what of it is trained on and held out."""
-    dataset = load_data(options)
-    if options.split_times is None:
-        return dataset, leave_one_out(dataset)
-    return dataset, global_time_split(dataset, *instants(options.split_times))
-
-
-def load_data(options: Job) -> Dataset:
-    if options.data == "synthetic":
-        asked = replace(options, preset=None, split_times=None).data_options()
-        if asked:
-            raise ValueError(f"`data` synthetic is generated and takes no {asked}.")
-        return synthetic()
-    return load(
-        options.data,
-        format=options.data_format,
-        encoding=options.encoding or "utf-8",
-        columns=options.columns,
-        min_rating=options.min_rating,
-        repeats=options.repeats,
-        k_core=options.k_core,
-        items=options.items,
-    )
 
 
 def check_out(out: Path, runs: Iterable[Path], resume: bool, console: Console) -> None:

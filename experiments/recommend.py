@@ -12,8 +12,9 @@ from rich.table import Table
 
 from experiments import records
 from experiments.backbones import BACKBONES, prepare, user_item_graph
+from experiments.config import Config
+from experiments.data import split_of
 from experiments.dataset import Split
-from experiments.main_job import split_of
 from experiments.options import Job, Recommend
 from experiments.ranking import Histories
 from experiments.run_folder import RUN, load_run
@@ -35,13 +36,17 @@ def top_items(
       history: external item ids, oldest first, at least one. Not with `user`.
       top: how many items, at most all that are not in the history.
       seed: one of the run's seeds; the first by default.
-      user: an external user id, in place of a history: all that the user did in the data of
-        the run, which are read again. MF and LightGCN know users alone.
+      user: an external user id, in place of a history: the history is all that the user did in
+        the data of the run, held out or not, which are read again. MF and LightGCN know users
+        alone.
+
+    Raises:
+      ValueError: there is no such run, item or user, or the run's data are no longer there.
     """
     if isinstance(history, str):
         raise TypeError(f"`history` must be a sequence of ids, got the string {history!r}.")
     if (len(history) == 0) == (user is None):
-        raise ValueError("either `history` must hold at least one item, or `user` be an id.")
+        raise ValueError("give a `history` of at least one item or a `user`, and not both.")
     check_sizes(top=top)
     module, item_ids, config = load_run(folder, seed)
     row, context = 0, None
@@ -51,10 +56,10 @@ def top_items(
                 f"`folder` {folder} holds {config.model}, which knows no sequences; give a "
                 "`user`."
             )
-        items = _places("history", history, item_ids)
+        items = _rows("item", history, item_ids)
     else:
-        split = _data(Path(folder))
-        (row,) = _places("user", [user], split.dataset.user_ids)
+        split = _split_of_run(Path(folder), config)
+        (row,) = _rows("user", [user], split.dataset.user_ids)
         items = split.dataset.sequence(row)
         if config.model == "lightgcn":
             context = prepare(user_item_graph(split))
@@ -68,25 +73,37 @@ def top_items(
     return [(str(item_ids[item]), float(scores[item])) for item in best]
 
 
-def _places(name: str, asked: Sequence[str], ids: np.ndarray) -> np.ndarray:
-    """The rows of external ids."""
+def _rows(kind: str, asked: Sequence[str], ids: np.ndarray) -> np.ndarray:
+    """The rows of external ids of `"item"` or `"user"`."""
     known = {str(external): row for row, external in enumerate(ids)}
     if unknown := [str(external) for external in asked if str(external) not in known]:
         raise ValueError(
-            f"`{name}` holds what the run does not know: {', '.join(unknown[:5])}. Its "
-            f"{len(ids):,} {name if name == 'user' else 'item'}s are named like {ids[0]}."
+            f"the run does not know the {kind} {', '.join(unknown[:5])}. Its {len(ids):,} "
+            f"{kind}s are named like {ids[0]}."
         )
     return np.array([known[str(external)] for external in asked])
 
 
-def _data(folder: Path) -> Split:
+def _split_of_run(folder: Path, config: Config) -> Split:
     """The data that a run was trained on, read again."""
     held = records.read_object(folder / RUN)["data"]
-    if not held["source"]:
-        raise ValueError(f"`folder` {folder} does not say where its data lie (`source`).")
-    words = ["--data", held["source"], *shlex.split(held.get("options", ""))]
-    _, split = split_of(tyro.cli(Job, args=words))
-    if split.fingerprint() != held.get("fingerprint"):
+    if not held["source"] or "fingerprint" not in held:
+        raise ValueError(f"`folder` {folder} does not say what its data are.")
+    try:
+        job = tyro.cli(
+            Job, args=["--data", held["source"], *shlex.split(held.get("options", ""))]
+        )
+        split = split_of(job)[1].with_train_users(config.train_users)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{held['source']}, which {folder} was trained on, is not there; if that is a "
+            "relative path, go to where training began."
+        ) from None
+    except SystemExit:  # from an option that another version had
+        raise ValueError(
+            f"{folder / RUN} has other options of data than this version."
+        ) from None
+    if split.fingerprint() != held["fingerprint"]:
         raise ValueError(f"{held['source']} is no longer what {folder} was trained on.")
     return split
 

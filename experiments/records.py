@@ -121,7 +121,10 @@ class Log:
 
 
 class SweepLog:
-    """A `Log` for each of several settings; the seeds of a setting stand next to each other.
+    """A `Log` for each of several settings.
+
+    `runs` are setting and seed of each run, in the order of the values to come and of the
+    checkpoint's: the seeds of a setting stand next to each other.
 
     Args:
       folder: of the sweep; each setting has the folder of its name below.
@@ -134,7 +137,6 @@ class SweepLog:
     ):
         self.seeds = seeds
         self.logs = {label: Log(folder / label, seeds, one) for label, one in common.items()}
-        self.num_settings = len(self.logs)
         self.runs = [(label, seed) for label in self.logs for seed in seeds]
         self.runs_of = {
             label: slice(place * len(seeds), (place + 1) * len(seeds))

@@ -187,6 +187,7 @@ def fit(
     Raises:
       ValueError: the folder holds a run, or one with other settings, or another process
         trains in it.
+      TypeError: `split` or `config` is something else.
       FloatingPointError: the loss of a seed is not finite.
     """
     (result,) = fit_sweep(
@@ -228,10 +229,10 @@ def fit_sweep(
       teacher: see `make_trainer`.
     """
     if not isinstance(split, Split):
-        raise TypeError(f"`split` must be a Split, got a {type(split).__name__}.")
+        raise TypeError(f"`split` must be of type Split, got {type(split).__name__}.")
     for one in configs.values():
         if not isinstance(one, Config):
-            raise TypeError(f"`config` must be a Config, got a {type(one).__name__}.")
+            raise TypeError(f"`config` must be of type Config, got {type(one).__name__}.")
     seeds = check_seeds(seeds)
     folder = Path(folder)
     config, *others = configs.values()
@@ -313,7 +314,7 @@ def _train(
             progress.loss = np.asarray(loss, np.float64)
             _check_finite(progress.loss, log.runs, epoch)
             # A setting's record has its share of the time.
-            seconds = (time.perf_counter() - began) / log.num_settings
+            seconds = (time.perf_counter() - began) / len(log.logs)
             log.add("epoch", epoch, {"loss": progress.loss}, seconds)
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             found = metrics(ranker(state.evaluated, "valid"))

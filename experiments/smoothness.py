@@ -15,8 +15,8 @@ from rich.console import Console
 
 from experiments.backbones import BACKBONES
 from experiments.config import Config
+from experiments.data import split_of
 from experiments.dataset import Split
-from experiments.main_job import split_of
 from experiments.options import Ablate
 from experiments.presets import preset
 from experiments.ranking import collect, metrics, ranking_data

@@ -132,7 +132,7 @@ def test_the_study(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_umap)
     small = synthetic(num_users=300, num_items=120, num_communities=5)
-    monkeypatch.setattr("experiments.main_job.synthetic", lambda: small)
+    monkeypatch.setattr("experiments.data.synthetic", lambda: small)
     out = tmp_path / "runs" / "embeddings"
     cli.main(command(out, "--beta", "0.9"))
     assert 'pip install -e ".[umap]"' in capsys.readouterr().out

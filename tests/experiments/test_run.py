@@ -23,6 +23,7 @@ from rich.console import Console
 from experiments import cli, main_job, records, run
 from experiments.backbones import BACKBONES
 from experiments.config import Config
+from experiments.data import load_data
 from experiments.dataset import Dataset, leave_one_out
 from experiments.objectives import NextItem
 from experiments.presets import PRESETS, preset
@@ -74,6 +75,29 @@ def test_the_kept_module_gives_the_recorded_metrics(split, tmp_path):
             )
             for name, value in metrics(ranks).items():
                 assert record[name] == pytest.approx(value)
+
+
+def test_each_setting_of_a_sweep_has_its_own_records(tmp_path):
+    for label in "ab":
+        (tmp_path / label).mkdir()
+    log = records.SweepLog(tmp_path, (3, 5), {"a": {"of": "a"}, "b": {"of": "b"}})
+    assert log.runs == [("a", 3), ("a", 5), ("b", 3), ("b", 5)]
+    log.add("epoch", 1, {"loss": np.arange(4)}, 1.0)
+    lengths = log.flush()
+    log.add("test", np.array([1, 2, 3, 4]), {"HR@1": np.arange(4) / 4}, 2.0)
+    log.flush()
+    for place, label in enumerate("ab"):
+        losses = [2 * place, 2 * place + 1]
+        epochs, tests = np.split(np.array(records.read(tmp_path / label / records.FILE)), 2)
+        assert [(r["seed"], r["loss"]) for r in epochs] == list(
+            zip((3, 5), losses, strict=True)
+        )
+        assert [r["of"] for r in tests] == [label] * 2
+        assert [r["HR@1"] for r in tests] == [loss / 4 for loss in losses]
+        assert [r["epoch"] for r in tests] == [loss + 1 for loss in losses]
+    log.truncate(lengths)
+    kinds = [r["kind"] for label in "ab" for r in records.read(tmp_path / label / records.FILE)]
+    assert kinds == ["epoch"] * 4
 
 
 def test_records_hold_every_evaluation(finished, split):
@@ -283,9 +307,9 @@ def test_data_that_cannot_be_ranked_leave_no_folder(tmp_path):
 
 
 def test_swapped_arguments_are_named(split, tmp_path):
-    with pytest.raises(TypeError, match="`split` must be a Split, got a Config"):
+    with pytest.raises(TypeError, match="`split` must be of type Split, got Config"):
         fit(split, TINY, (0,), tmp_path / "none")  # type: ignore
-    with pytest.raises(TypeError, match="`config` must be a Config, got a dict"):
+    with pytest.raises(TypeError, match="`config` must be of type Config, got dict"):
         fit({"epochs": 1}, split, (0,), tmp_path / "none")  # type: ignore
     assert not (tmp_path / "none").exists()
 
@@ -426,7 +450,7 @@ def test_data_options_reach_the_loader(tmp_path, split):
     columns = "user who item what timestamp when rating stars"
     options += ["--columns", *columns.split(), "--split-times", "600", "800"]
     parsed = cli.parse(options)
-    loaded = main_job.load_data(parsed)
+    loaded = load_data(parsed)
     assert parsed.split_times == ("600", "800")
     stars = 1 + np.arange(dataset.num_interactions) % 5
     assert loaded.num_interactions + sum(loaded.drops.values()) == dataset.num_interactions

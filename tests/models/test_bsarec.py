@@ -263,5 +263,8 @@ def test_initial_values():
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+def test_a_weight_that_is_no_number():
     with pytest.raises(TypeError, match="`filter_weight` must be a number, got None"):
         build(filter_weight=None)

@@ -172,6 +172,9 @@ def test_calibrated_gbce_has_its_minimum_at_the_true_probabilities():
 def test_gbce_refuses_a_calibration_outside_of_0_and_1(t):
     with pytest.raises(ValueError, match=r"`t` must lie in \[0, 1\], got"):
         gbce(jnp.ones(1), jnp.ones((1, 1)), jnp.ones(1), num_items=NUM_ITEMS, t=t)
+
+
+def test_gbce_refuses_a_calibration_that_is_no_number():
     with pytest.raises(TypeError, match="`t` must be a number, got None"):
         gbce(jnp.ones(1), jnp.ones((1, 1)), jnp.ones(1), num_items=NUM_ITEMS, t=None)  # type: ignore
 
