@@ -70,7 +70,8 @@ def packed_gru(
     weights, inputs = weights.astype(dtype), inputs.astype(dtype)
     num_slots, num_sequences = len(inputs), len(stream.lengths)
     if jax.default_backend() == "cpu":
-        tile_rows = 32  # a small one wastes little on sequences that have just ended
+        # A small tile wastes little on sequences that have just ended.
+        tile_rows = min(32, num_sequences)
         num_tiles = min(
             num_slots // tile_rows + max_length, -(-num_sequences // tile_rows) * max_length
         )
