@@ -24,6 +24,7 @@ from experiments.ranking import METRICS
 from experiments.run import SELECTION, Result, fit_sweep
 from experiments.run_folder import load_run
 from experiments.statistics import spread
+from experiments.tables import bases, gain
 
 BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
 Make = Callable[..., Config]  # of an optimizer and settings that replace the preset's
@@ -231,7 +232,7 @@ def ablate(options: Ablate, console: Console | None = None) -> dict[str, Result]
         if TEACHER in group:
             teacher = load_run(out / f"program_{number}" / TEACHER, options.seeds[0])[0]
         done |= zip(group, results, strict=True)
-    console.print(_table(options.name, {label: done[label] for label in arms}))
+    console.print(_table(options.name, arms, {label: done[label] for label in arms}))
     console.print(f"records, ranks and checkpoints are in {out}")
     return done
 
@@ -240,14 +241,19 @@ def _folder(arm: str) -> str:
     return arm.replace(" ", "_")
 
 
-def _table(name: str, results: dict[str, Result]) -> Table:
-    """Test metrics of each arm, and the gain in NDCG@10 over the first."""
-    table = Table("arm", *METRICS, "best epoch", f"{SELECTION} gain", title=f"{name}, test")
-    base = next(iter(results.values())).test[SELECTION].mean()
-    for label, result in results.items():
-        gain = result.test[SELECTION].mean() / base - 1 if base else float("nan")
+def _table(name: str, configs: dict[str, Config], results: dict[str, Result]) -> Table:
+    """Test metrics of each arm, and the gain in NDCG@10 over what `tables.bases` says."""
+    gained = f"{SELECTION} gain"
+    table = Table("arm", *METRICS, "best epoch", gained, "over", title=f"{name}, test")
+    labels = list(results)
+    over = bases([configs[label] for label in labels])
+    for (label, result), base in zip(results.items(), over, strict=True):
         cells = [spread(result.test[metric]) for metric in METRICS]
-        table.add_row(label, *cells, " ".join(map(str, result.best_epoch)), f"{gain:+.1%}")
+        compared = ["", ""]
+        if label != labels[base]:
+            means = [r.test[SELECTION].mean() for r in (result, results[labels[base]])]
+            compared = [gain(*means), labels[base]]
+        table.add_row(label, *cells, " ".join(map(str, result.best_epoch)), *compared)
     return table
 
 

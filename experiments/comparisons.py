@@ -19,13 +19,15 @@ from experiments.tables import (
     Place,
     Records,
     Table,
+    ablation_of,
     config_of,
     data_names,
     described,
     device_of,
     gain,
-    name_of,
+    in_order,
     place_of,
+    settings_of,
     sort_key,
     usual_of,
 )
@@ -79,16 +81,25 @@ class Missing(NamedTuple):
 def gather(found: Iterable[tuple[Path, Records]]) -> list[Run]:
     """Joins the files of each configuration; reads `ranks.npz` beside them where there is one.
 
+    Seeds count wherever they were trained, on their own or as an ablation's arm. An arm that
+    smooths and was never trained on its own is left to the ablation's table; one that does not
+    may be the baseline of others.
+
     Args:
       found: as `report.tested` gives it.
 
     Returns:
       The runs, ordered by dataset and model, those without SEvo first.
     """
-    groups: dict[object, list[tuple[Path, Records]]] = defaultdict(list)
+    groups: dict[tuple[Config, Place], list[tuple[Path, Records]]] = defaultdict(list)
+    alone = set()
     for path, records in sorted(found, key=lambda pair: sort_key(pair[1])):
-        groups[config_of(records), place_of(records)].append((path, records))
-    return [_joined(files) for files in groups.values()]
+        key = config_of(records), place_of(records)._replace(ablation="")
+        groups[key].append((path, records))
+        if not ablation_of(records) or not _smooths(key[0]):
+            alone.add(key)
+    runs = [_joined(files) for key, files in groups.items() if key in alone]
+    return sorted(runs, key=lambda run: (run.place, _smooths(run.config), in_order(run.name)))
 
 
 def _joined(files: list[tuple[Path, Records]]) -> Run:
@@ -105,8 +116,8 @@ def _joined(files: list[tuple[Path, Records]]) -> Run:
             parts.append(choose(ranks, [s for s in ranks.seeds.tolist() if s in new]))
     records = files[0][1]
     return Run(
-        name_of(records),
-        place_of(records),
+        settings_of(records),
+        place_of(records)._replace(ablation=""),
         described(records),
         config_of(records),
         usual_of(records),
@@ -229,10 +240,19 @@ def _comparable(first: Run, second: Run) -> bool:
         if "weight_decay" in changed:  # the same number means another thing to the other
             return False
         ignored |= {"weight_decay"} if changed else _RATES
-    alike = first.config.has_sevo == second.config.has_sevo
-    ignored |= {"placement"} if alike else set(SEVO_ONLY)
+    plain = [run.config for run in (first, second) if not _smooths(run.config)]
+    ignored |= set(SEVO_ONLY) if plain else {"placement"}
+    if len(plain) == 1 and plain[0].has_sevo:  # it may have a smoothed start
+        ignored -= {"smooth_start"}
     one, other = asdict(first.config), asdict(second.config)
     return all(one[name] == other[name] for name in one.keys() - ignored)
+
+
+def _smooths(config: Config) -> bool:
+    """Whether psi does anything to steps: at beta 0 on the gradient it may act at the start
+    alone, and the optimizer is the plain one."""
+    idle = config.placement == "gradient" and config.beta == 0 and not config.beta_ramp
+    return config.has_sevo and not idle
 
 
 def _changed_rates(run: Run) -> set[str]:
@@ -253,7 +273,7 @@ def _compared(first: Run, second: Run, metric: str, samples: int) -> Comparison:
                 *(per_user(r, metric) for r in ranks), samples=samples
             )
     baseline = "other"
-    if first.config.has_sevo and not second.config.has_sevo:
+    if _smooths(first.config) and not _smooths(second.config):
         if first.config.base == second.config.base:
             baseline = "same optimizer"
         elif second.config.optimizer == "adam":

@@ -94,7 +94,7 @@ def render(
     """
     found = sorted(found, key=lambda pair: sort_key(pair[1]))
     presets = [pair for pair in found if not ablation_of(pair[1])]
-    runs = gather(presets)
+    runs = gather(found)
     compared = compare_each(runs, METRIC)
     contents = [("published", "Beside the published figures"), ("gains", "Gains")]
     sections = []

@@ -66,7 +66,7 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
     parts = [BEGIN]
     if (beside := reproduction_table(presets)).rows:
         parts += ["Measured beside published:", _markdown(beside)]
-    compared = compare_each(gather(pair for pair in found if not ablation_of(pair[1])))
+    compared = compare_each(gather(found))
     if (gains := gains_table(itertools.chain(*compared.values()))).rows:
         parts += [_HOW_COMPARED, _markdown(gains)]
     if presets:

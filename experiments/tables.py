@@ -6,14 +6,17 @@ import shlex
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.config import SEVO_NEEDED, Config
+import numpy as np
+
+from experiments.config import SEVO_NEEDED, SEVO_ONLY, Config
 from experiments.presets import preset
 from experiments.published import official_curve, published, published_arm
 from experiments.ranking import METRICS
-from experiments.statistics import spread
+from experiments.statistics import holm, paired_t, spread
 
 Records = list[dict[str, Any]]
 SHOWN = [name for name in METRICS if not name.startswith("MRR")]
@@ -136,22 +139,57 @@ def curves_table(runs: Iterable[Records]) -> Table:
 
 
 def ablation_table(runs: Sequence[Records]) -> Table:
-    """The arms of one ablation at the best validation epoch; gains are over the first arm.
+    """The arms of one ablation at the best validation epoch, and their gains over others.
 
-    Below an arm stand its published means, where there are any.
+    What an arm is compared with is `bases`'s, over the seeds that both have. Below an arm stand
+    its published means, where there are any.
     """
-    head = ["arm", "seeds", *SHOWN, "NDCG@10 gain", "best epochs", "s/epoch", "device"]
-    means = [statistics.mean(r["NDCG@10"] for r in run if r["kind"] == "test") for run in runs]
+    head = ["arm", "seeds", *SHOWN, "NDCG@10 gain", "over", "d_z", "p", "best epochs"]
+    head += ["s/epoch", "device"]
+    scores = [{r["seed"]: r["NDCG@10"] for r in run if r["kind"] == "test"} for run in runs]
     known = [_published(run) for run in runs]
+    gains, tests = [], []
+    for arm, base in enumerate(over := bases([config_of(run) for run in runs])):
+        seeds = sorted(scores[arm].keys() & scores[base].keys()) if arm != base else []
+        pair = [[scores[which][seed] for seed in seeds] for which in (arm, base)]
+        gains.append(gain(*map(statistics.mean, pair)) if seeds else "")
+        tests.append(paired_t(*map(np.array, pair)) if len(seeds) > 1 else None)
+    corrected = iter(holm([test.p for test in tests if test]))
     rows = []
-    for run, mean, theirs in zip(runs, means, known, strict=True):
-        rows.append([name_of(run), *_scores(run), gain(mean, means[0]), *_conditions(run)])
-        if theirs:
+    for arm, run in enumerate(runs):
+        base, test = over[arm], tests[arm]
+        against = name_of(runs[base]) if gains[arm] else ""
+        chance = [f"{test.effect:.2f}", f"{next(corrected):.2g}"] if test else ["", ""]
+        row = [name_of(run), *_scores(run), gains[arm], against, *chance, *_conditions(run)]
+        rows.append(row)
+        if theirs := known[arm]:
             cells = [f"{theirs[name]:.4f}" for name in SHOWN]
-            base = known[0]["NDCG@10"] if known[0] else 0.0
-            over = gain(theirs["NDCG@10"], base)
-            rows.append([f"*published {name_of(run)}*", "5", *cells, over, "", "", ""])
-    return Table(head, rows)
+            below = known[base] if arm != base else None
+            claimed = gain(theirs["NDCG@10"], below["NDCG@10"]) if below else ""
+            cells += [claimed, against if claimed else ""]
+            rows.append([f"*published {name_of(run)}*", "5", *cells, *[""] * 5])
+    shown = [i for i, name in enumerate(head) if name not in ("d_z", "p") or any(tests)]
+    return Table([head[i] for i in shown], [[row[i] for i in shown] for row in rows])
+
+
+def bases(arms: Sequence[Config]) -> list[int]:
+    """The place of what each arm of an ablation is compared with.
+
+    Of an arm with SEvo, the same settings without it, where there is such an arm; otherwise
+    the first.
+    """
+
+    def apart(config: Config) -> dict[str, Any]:
+        settings = {k: v for k, v in asdict(config).items() if k not in SEVO_ONLY}
+        return settings | {"optimizer": config.base}
+
+    plain = [(place, apart(arm)) for place, arm in enumerate(arms) if not arm.has_sevo]
+    return [
+        next((place for place, settings in plain if settings == apart(arm)), 0)
+        if arm.has_sevo
+        else 0
+        for arm in arms
+    ]
 
 
 _BUCKETS = {
@@ -298,8 +336,8 @@ def name_of(run: Records) -> str:
     Of an ablation's arm, the name that it has there, and in brackets what was given to this
     arm alone, as it has SEvo, or to the ablation but not to this arm.
     """
-    config = config_of(run)
     if arm := _arm(run):
+        config = config_of(run)
         own = {
             name: value
             for name in arm["given"]
@@ -307,11 +345,16 @@ def name_of(run: Records) -> str:
         }
         note = ", ".join(f"{k} {v}" for k, v in own.items())
         return f"{arm['arm']} ({note})" if note else arm["arm"]
+    return settings_of(run)
+
+
+def settings_of(run: Records) -> str:
+    """The optimizer's label and what is not as in the preset, of an ablation's arm, too."""
     changed = overrides(run)
     changed.pop("placement", None)  # part of the label
     if asked := _asked(described(run)):
         changed = {"preset": asked, **changed}
-    return ", ".join([config.label, *(f"{k} {v}" for k, v in changed.items())])
+    return ", ".join([config_of(run).label, *(f"{k} {v}" for k, v in changed.items())])
 
 
 def _arm(run: Records) -> dict[str, Any]:
@@ -406,10 +449,13 @@ def by_place(runs: Iterable[Records]) -> Iterator[tuple[str, list[Records]]]:
 
 def sort_key(run: Records) -> tuple[Any, ...]:
     """Orders runs by dataset and model, those without SEvo first; then ablations by arm."""
-    sevo = config_of(run).has_sevo
-    parts = re.split(r"(\d+)", name_of(run))  # arms of several commands: 4 before 16
-    numbers = [int(part) if part.isdigit() else part for part in parts]
-    return place_of(run), _arm(run).get("order", 0), sevo, numbers
+    order, sevo = _arm(run).get("order", 0), config_of(run).has_sevo
+    return place_of(run), order, sevo, in_order(name_of(run))
+
+
+def in_order(name: str) -> list[Any]:
+    """Sorts names with numbers in them: `every 4` before `every 16`."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def by_epoch(run: Records, kind: str, name: str) -> dict[int, list[float]]:

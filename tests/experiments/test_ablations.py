@@ -1,6 +1,7 @@
 """Sweeps against runs one by one, the declared ablations, and the command."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 import jax
@@ -19,7 +20,7 @@ from experiments.records import FILE, read
 from experiments.run import fit, fit_sweep, make_trainer
 from experiments.run_folder import load_run
 from experiments.synthetic import synthetic
-from experiments.tables import ablation_of, command_of, name_of
+from experiments.tables import ablation_of, bases, command_of, name_of
 from sevo_jax import item_graph, smooth
 from sevo_jax.layouts import Dense
 from tests.experiments.test_run import final_state
@@ -288,6 +289,22 @@ def test_smoothing_every_second_step(optimizer):
     np.testing.assert_allclose(every.sum(axis=0), smoothed.sum(axis=0), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("name", "over"),
+    [
+        ("optimizer", {"sevo_sgd": "sgd", "sevo_adam": "adam", "sevo_adamw": "adamw"}),
+        ("users", {"10% sevo_adamw": "10% adamw", "100% sevo_adamw": "100% adamw"}),
+        ("loss", {"bpr update": "bpr adamw", "bpr adamw": "bce adamw"}),
+        ("layers", {"L=3": "L=0", "exact": "L=0"}),
+        ("distillation", {"SEvo": "student", "SEvo + DKD": "DKD", "DKD": "student"}),
+    ],
+)
+def test_arms_are_compared_with_the_same_without_sevo(name, over):
+    arms = ABLATIONS[name](partial(preset, "sasrec", "amazon_beauty"))
+    found = dict(zip(arms, bases(list(arms.values())), strict=True))
+    assert {arm: list(arms)[found[arm]] for arm in over} == over
+
+
 def test_the_command(tmp_path, capsys):
     found = synthetic(num_users=80, num_items=60, num_communities=3)
     users = np.repeat(np.arange(found.num_users), np.diff(found.row_splits))
@@ -299,7 +316,7 @@ def test_the_command(tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     cli.main(["ablate", "beta", *common, *out, "--arms", "adamw", "beta=0.5", "beta=0.9"])
     printed = capsys.readouterr().out
-    assert "beta=0.9" in printed and "gain" in printed
+    assert "beta=0.9" in printed and "gain" in printed and "over" in printed
     folders = {p.parent.relative_to(tmp_path / "out") for p in tmp_path.rglob("run.json")}
     assert {str(f) for f in folders} == {
         "program_0/adamw",

@@ -3,6 +3,8 @@
 AdamW leads until about epoch 20, so no test here asserts a gain.
 """
 
+import csv
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from experiments.dataset import leave_one_out
 from experiments.loaders import load
 from experiments.presets import preset
-from experiments.published import CURVES
+from experiments.published import _SEVO, _USERS_ITEMS, CURVES
 from experiments.ranking import collect, metrics, ranking_data
 from experiments.run import make_trainer
 from tests.data_path import data_folder
@@ -49,3 +51,28 @@ def test_the_first_epochs_follow_the_official_curve():
 @pytest.mark.slow
 def test_forty_epochs_follow_the_official_curve():
     follow(40)
+
+
+def test_published_constants_are_those_of_the_official_logs():
+    path = data_folder("amazon_beauty").parents[1] / "reference" / "official_summary.csv"
+    if not path.exists():
+        pytest.skip("the official summary is not here")
+    names = ("hr1", "hr5", "hr10", "ndcg5", "ndcg10")
+    models = {"MF-BPR(I-I)": "mf", "GRU4Rec": "gru4rec", "SASRec": "sasrec"}
+    models |= {"BERT4Rec": "bert4rec", "STOSA": "stosa"}
+    data = {"Beauty": "amazon_beauty", "Toys": "amazon_toys", "Tools": "amazon_tools"}
+    checked = 0
+    for row in csv.DictReader(path.read_text().splitlines()):
+        place = next((v for k, v in data.items() if k in row["dataset"]), "movielens_1m")
+        if (pairs := row["backbone"] == "MF-BPR(U-I)") and ("mf", place) in _USERS_ITEMS:
+            beta, *known = _USERS_ITEMS["mf", place]
+            assert beta == float(row["beta3"])
+        elif not pairs and (models.get(row["backbone"]), place) in _SEVO:
+            known = _SEVO[models[row["backbone"]], place]
+        else:
+            continue
+        for part, values in zip(("mean", "std"), known, strict=True):
+            expected = [float(row[f"test_{name}_{part}"]) for name in names]
+            assert values == pytest.approx(expected, abs=6e-6), (row["backbone"], place, part)
+        checked += 1
+    assert checked == len(_SEVO) + len(_USERS_ITEMS)

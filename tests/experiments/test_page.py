@@ -132,6 +132,28 @@ def test_settings_of_sevo_alone_do_not_part_it_from_the_plain_optimizer(setting,
     assert pair.baseline == "same optimizer"
 
 
+def test_an_arm_that_does_not_smooth_is_a_baseline(tmp_path):
+    """An ablation's arm of AdamW is one, as is psi of strength 0 on the gradient, which leaves
+    AdamW from a smoothed start; arms that smooth are the ablation's own."""
+    own = {"loss": "cross_entropy", "placement": "gradient", "smooth_start": 0.9}
+
+    def write(optimizer, score, arm="", **settings):
+        config = preset("sasrec", "amazon_beauty", optimizer, **settings)
+        note = {"name": "loss", "given": {}, "arms": [], "arm": arm, "order": 0}
+        folder = tmp_path / f"{optimizer} {score}"
+        seeds = {0: score, 1: score + 0.01}
+        write_run(folder, config, seeds, note={"ablation": note} if arm else None)
+
+    write("adamw", 0.2, "cross_entropy adamw", loss="cross_entropy")
+    write("sevo_adamw", 0.4, "cross_entropy update", loss="cross_entropy")
+    write("sevo_adamw", 0.5, **own)
+    write("sevo_adamw", 0.3, **own, beta=0.0)
+    pairs = compare(gather(report.tested([tmp_path])), samples=10)
+    found = {tuple(round(1000 * mean) for mean in p.means): p.baseline for p in pairs}
+    same = dict.fromkeys([(505, 205), (505, 305)], "same optimizer")
+    assert found == same | {(305, 205): "other"}
+
+
 def test_files_of_one_configuration_are_joined(runs):
     config = preset("sasrec", "amazon_beauty", "adamw")
     write_run(runs / "more" / "adamw", config, {2: 0.0, 3: 0.5}, ranks=True)
