@@ -21,6 +21,10 @@ APART = [
         "amazon_beauty-sasrec-loss-sampled/sampled_softmax_update",
         "beauty-sasrec-sampled/sevo_adamw",
     ),
+    (
+        "amazon_beauty-sasrec-loss-sampled/sampled_softmax_gradient",
+        "beauty-sasrec-sampled/sevo_adamw-gradient",
+    ),
 ]
 
 
