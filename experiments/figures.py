@@ -68,9 +68,39 @@ def curves(
         axis.set(xlabel="epoch", ylabel=label)
         if axis.has_data():
             axis.legend()
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-        return _inline(text.getvalue(), title)
+        return _svg(figure, title)
+
+
+def scores(runs: Sequence[tuple[str, Records]], name: str, label: str, title: str) -> str:
+    """A metric of the tests, a row for each run: every seed, and the mean.
+
+    Args:
+      runs: names for the rows, from above, and records.
+      name: of the metric.
+      label, title: see `curves`.
+
+    Returns:
+      See `curves`.
+    """
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
+        figure = Figure(figsize=(5.2, 0.9 + 0.24 * len(runs)), layout="constrained")
+        axis = figure.subplots()
+        for row, (_, records) in enumerate(runs):
+            values = [record[name] for record in records if record["kind"] == "test"]
+            color = "C0" if config_of(records).has_sevo else "C1"
+            axis.plot(values, [row] * len(values), "o", color=color, alpha=0.35, ms=5, mew=0)
+            axis.plot(np.mean(values), row, "|", color=color, ms=11, mew=2)
+        names = [textwrap.shorten(run, 60, placeholder=" ...") for run, _ in runs]
+        axis.set_yticks(range(len(runs)), names)
+        axis.set(xlabel=label, ylim=(len(runs) - 0.4, -0.6))
+        axis.grid(axis="x", alpha=0.25)
+        return _svg(figure, title)
+
+
+def _svg(figure: Figure, title: str) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(text.getvalue(), title)
 
 
 def _spread(

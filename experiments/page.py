@@ -25,7 +25,7 @@ from experiments.comparisons import (
     missing,
     p_value,
 )
-from experiments.figures import curves
+from experiments.figures import curves, scores
 from experiments.markup import made_by, table_html
 from experiments.published import SEEDS, official_curve
 from experiments.report import tested
@@ -168,9 +168,13 @@ def _section(title: str, records: list[Records], pairs: list[Comparison], comman
 def _ablation(title: str, records: list[Records], command: str) -> str:
     """The arms of an ablation: tests, curves, and metrics by kind of target and of user."""
     made = sorted({command_of(run) for run in records})
+    named = [(name_of(run), run) for run in records]
+    drawn = scores(named, METRIC, f"test {METRIC}", f"{title}: test {METRIC} of the arms")
+    caption = f"Test {METRIC} of all arms: every seed, and the mean; orange is without SEvo."
     parts = [
         f'<section id="{_anchor(title)}"><h2>{escape(title)}</h2>',
         table_html("Test metrics of the arms", ablation_table(records), made),
+        f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>",
         _figures(title, records, command),
         _buckets(records, command),
         "</section>",

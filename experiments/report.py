@@ -35,7 +35,8 @@ from experiments.tables import (
 )
 
 _HOW_COMPARED = """Each SEvo run against the same optimizer without SEvo, and against Adam,
-whose baselines the paper's Table 2 reports; over the seeds that both have. d_z is the mean
+whose baselines the paper's Table 2 reports; over the seeds that both have. Baselines may have
+been trained as an ablation's arms. d_z is the mean
 difference over its standard deviation, p Student's paired test, by Holm's rule for all pairs of
 a dataset and model. Where two devices stand, a part of a difference may be theirs:"""
 BEGIN, END = "<!-- generated: tables -->", "<!-- end of the generated part -->"

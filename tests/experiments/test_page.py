@@ -345,6 +345,9 @@ def test_an_ablation_has_a_section_and_no_part_in_the_others(page, runs, tmp_pat
     head = section.index("beta=0.5")
     assert head < section.index("beta=0.1")  # in the ablation's order
     assert "+50.0 %" in section and "python -m experiments ablate beta" in section
+    assert "Test NDCG@10 of all arms" in section
+    labels = re.findall(r">(beta=[.0-9]+)</text>", section)
+    assert labels[:2] == ["beta=0.5", "beta=0.1"]  # the rows of the first figure
     assert "beta=0.1" not in text.replace(section, "")
     gains = r'<section id="gains">.*?</section>'
     (with_ablation,), (without,) = (re.findall(gains, t, re.S) for t in (text, before))
