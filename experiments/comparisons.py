@@ -214,8 +214,11 @@ def p_value(value: float | None) -> str:
 
 
 def missing(runs: Iterable[Run]) -> list[Missing]:
-    """The presets, with SEvo-AdamW, AdamW and Adam (LightGCN: Adam), that lack seeds."""
+    """The presets of the runs' data that lack seeds: with SEvo-AdamW, AdamW and Adam, of
+    LightGCN with Adam alone."""
     done: dict[object, set[int]] = defaultdict(set)
+    runs = list(runs)
+    held = {known_name(run.data["name"]) for run in runs}
     for run in runs:
         if not has_other_sizes(run.data):
             # However often it was validated.
@@ -224,6 +227,8 @@ def missing(runs: Iterable[Run]) -> list[Missing]:
     found = []
     optimizers: tuple[Optimizer, ...] = ("sevo_adamw", "adamw", "adam")
     for model, data in PRESETS:
+        if data not in held:
+            continue
         for optimizer in optimizers if model != "lightgcn" else optimizers[2:]:
             config = preset(model, data, optimizer)
             have = done.get((data, config), set())

@@ -275,6 +275,13 @@ class Evaluation(NamedTuple):
     history_values: np.ndarray  # int32 [sum of lengths], items, oldest first
     history_splits: np.ndarray  # int64 [M + 1]
 
+    @property
+    def num_repeated(self) -> int:
+        """How many targets are in their own history: they count as ranked last."""
+        lengths = np.diff(self.history_splits)
+        repeated = self.history_values == np.repeat(self.targets, lengths)
+        return len(np.unique(np.repeat(np.arange(len(self.targets)), lengths)[repeated]))
+
 
 @dataclass(frozen=True, eq=False)
 class Split:

@@ -54,6 +54,11 @@ def train(options: Train, console: Console | None = None) -> list[Result]:
     if len((part := split.evaluation("test")).targets):
         floor = metrics(rank_by_popularity(part, popularity), (SELECTION,))[SELECTION]
         console.print(f"the most popular items, to everyone: test {SELECTION} {floor:.4f}")
+        if lost := part.num_repeated:
+            console.print(
+                f"{lost:,} of {len(part.targets):,} test targets are in their user's history "
+                "and count as ranked last; `--repeats first` keeps the first of each item alone"
+            )
     if has_other_sizes(data):
         name = known_name(dataset.name)
         items, interactions = SIZES[name]

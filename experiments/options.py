@@ -225,16 +225,22 @@ class Ablate(Job):
 
 @dataclass
 class Recommend:
-    """Print the best next items for a history or a user, from a run's checkpoint."""
+    """Print or write the best next items for a history or users, from a run's checkpoint."""
 
     run: Path
     """The folder of a run, such as runs/synthetic-sasrec/sevo_adamw."""
     history: tuple[str, ...] = ()
     """External item ids, oldest first."""
-    user: str | None = None
-    """In place of a history, the external id of a user of the run's data."""
+    user: tuple[str, ...] = ()
+    """In place of a history, external ids of users of the run's data."""
+    all_users: bool = False
+    """In place of these, all users of the run's data."""
+    exclude: tuple[str, ...] = ()
+    """External ids of items that nobody shall get."""
     top: int = 10
-    """How many items to print."""
+    """How many items for each."""
+    out: Path | None = None
+    """A CSV file to write, with the columns user, rank, item and score, instead of printing."""
     seed: int | None = None
     """Which of the run's seeds; the first by default."""
 

@@ -58,6 +58,9 @@ whose ranks are kept. Where two devices are named, a part of a difference may be
 interval and p (t) are Student's, d_z is the mean difference over its standard deviation. The
 sign-flip test is exact and assumes no normal distribution, but with n seeds its p value cannot
 be below 2 / 2<sup>n</sup> (.0625 for five). The corrections are for all rows of a table.</p>"""
+_P_OF_ARMS = """Gains are over the arm that stands beside them, over the seeds that both have;
+d_z is the mean difference over its standard deviation, and p Student's paired test over seeds,
+by Holm's rule for all arms of the table."""
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -173,6 +176,7 @@ def _ablation(title: str, records: list[Records], command: str) -> str:
     caption = f"Test {METRIC} of all arms: every seed, and the mean; orange is without SEvo."
     parts = [
         f'<section id="{_anchor(title)}"><h2>{escape(title)}</h2>',
+        f"<p>{_P_OF_ARMS}</p>",
         table_html("Test metrics of the arms", ablation_table(records), made),
         f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>",
         _figures(title, records, command),

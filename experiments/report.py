@@ -86,8 +86,11 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
 def ablations(runs: Sequence[Records]) -> Iterator[str]:
     """A heading, a table and the command of each ablation among `runs`, which are sorted."""
     for title, arms in by_place(filter(ablation_of, runs)):
+        table = ablation_table(arms)
         yield f"### {title}"
-        yield _markdown(ablation_table(arms))
+        if "p" in table.head:
+            yield "p is Student's paired test over seeds, by Holm's rule for the table:"
+        yield _markdown(table)
         yield from _buckets(arms, ablation_of(arms[0]))
         # Not the seconds: arms that were compiled together share theirs.
         made = sorted({f"- `{command_of(arm)}` ({versions_of(arm)})" for arm in arms})

@@ -1,8 +1,9 @@
 """The folder of a run: who holds it, its checkpoints, and the module that they keep.
 
 It has `run.json` (what was asked for), `records.jsonl`, `checkpoints/`, `item_ids.npy` and
-`user_ids.npy` (external ids, of the rows of the tables) and at the end `ranks.npz` (the rank of
-every test target). A sweep trains several settings in one compiled program; each has such a
+`user_ids.npy` (external ids; `module.items()` has the items in this order, while their table
+begins with `num_special` other rows) and at the end `ranks.npz` (the rank of every test
+target). A sweep trains several settings in one compiled program; each has such a
 folder of its own, but for the checkpoints, which are in the folder above.
 """
 
@@ -125,6 +126,10 @@ def claim(
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path.parent / "user_ids.npy", dataset.user_ids)  # runs of before have none
         if path.exists():
+            held = _read_run(path)
+            if run["config"]["epochs"] > held["config"]["epochs"]:  # it goes on for more
+                held["config"]["epochs"] = run["config"]["epochs"]
+                records.replace(path, json.dumps(held, indent=2))
             continue
         np.save(path.parent / "item_ids.npy", dataset.item_ids)
         records.replace(path, json.dumps(run, indent=2))
@@ -228,7 +233,9 @@ def load_run(folder: str | Path, seed: int | None = None) -> tuple[Any, np.ndarr
       seed: one of the run's seeds; the first by default.
 
     Returns:
-      The module, the external ids of its items `[num_items]`, and the settings.
+      The module; the external ids of its items `[num_items]`, in the order of `module.items()`,
+      their embeddings (of BERT4Rec with biases, of STOSA two arrays, of LightGCN before
+      propagation); and the settings.
     """
     folder = Path(folder)
     if not (folder / RUN).exists():

@@ -198,6 +198,9 @@ def test_distinct_pairs_and_popularity_are_those_of_python(dataset):
     split = leave_one_out(dataset)
     trained = split.train[0].tolist()
     assert split.popularity.tolist() == [trained.count(i) for i in range(dataset.num_items)]
+    tested = [one for one in sequences(dataset) if len(one) > 3]
+    repeated = sum(one[-1] in one[:-1] for one in tested)
+    assert split.evaluation("test").num_repeated == repeated
 
 
 def test_distinct_pairs_of_empty_rows():

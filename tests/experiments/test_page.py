@@ -252,8 +252,11 @@ def test_what_is_missing(runs):
     assert ("sasrec", "amazon_beauty", "sevo_adamw") not in rows
     row = rows["sasrec", "amazon_beauty", "adamw"]
     assert (row.done, row.seeds) == (3, [3, 4])
-    row = rows["gru4rec", "amazon_toys", "adam"]
+    row = rows["gru4rec", "amazon_beauty", "adam"]
     assert (row.done, row.seeds) == (0, [0, 1, 2, 3, 4])
+    # Neither of data that no run has, nor of what nobody would run.
+    assert {data for _, data, _ in rows} == {"amazon_beauty"}
+    assert ("lightgcn", "amazon_beauty", "sevo_adamw") not in rows
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli
+from experiments import cli, recommend
 from experiments.backbones import prepare, user_item_graph
 from experiments.config import Config
 from experiments.dataset import leave_one_out
 from experiments.loaders import load
 from experiments.objectives import MaskedItem
 from experiments.presets import preset
-from experiments.recommend import top_items
+from experiments.recommend import Recommender, top_items
 from experiments.run import fit
 from experiments.run_folder import load_run
 from experiments.synthetic import synthetic
@@ -106,6 +106,57 @@ def test_a_user_of_the_data_stands_for_its_history(sasrec, dataset):
     history = names(dataset, dataset.sequence(4))
     user = str(dataset.user_ids[4])
     assert top_items(sasrec, user=user) == top_items(sasrec, history)
+
+
+@pytest.mark.parametrize("model", ["sasrec", "bert4rec", "mf", "lightgcn"])
+def test_many_have_what_each_has_alone(runs, dataset, model, monkeypatch):
+    """Over several chunks, the last of which is not full."""
+    monkeypatch.setattr(recommend, "_CHUNK", 50)
+    recommender = Recommender(runs / model, 3)
+    found = recommender.for_users(top=4)
+    assert list(found) == [str(user) for user in dataset.user_ids]
+    for row in (0, 49, 50, dataset.num_users - 1):
+        user = str(dataset.user_ids[row])
+        alone = recommender.for_users([user], top=4)[user]
+        assert [item for item, _ in found[user]] == [item for item, _ in alone]
+        many, one = ([score for _, score in best] for best in (found[user], alone))
+        np.testing.assert_allclose(many, one, rtol=1e-4)
+
+
+def test_excluded_items_are_nobodys(sasrec, dataset):
+    recommender = Recommender(sasrec)
+    histories = [names(dataset, dataset.sequence(row)) for row in (3, 4)]
+    before = recommender.for_histories(histories, top=5)
+    exclude = [before[0][0][0], before[1][1][0]]
+    after = recommender.for_histories(histories, top=100, exclude=exclude)
+    for left, all_of_them in zip(after, before, strict=True):
+        kept = [item for item, _ in all_of_them if item not in exclude]
+        assert [item for item, _ in left][: len(kept)] == kept
+        assert not set(exclude) & {item for item, _ in left}
+    with pytest.raises(ValueError, match="does not know the item nothing"):
+        recommender.for_histories(histories, exclude=["nothing"])
+    with pytest.raises(ValueError, match="at least one item"):
+        recommender.for_histories([histories[0], []])
+    with pytest.raises(TypeError, match="got the string 'i1'"):
+        recommender.for_histories(["i1"])
+
+
+def test_the_command_writes_a_file(sasrec, dataset, tmp_path, capsys):
+    path = tmp_path / "new" / "best.csv"
+    asked = ["recommend", "--run", str(sasrec), "--top", "3", "--out", str(path)]
+    cli.main([*asked, "--all-users"])
+    lines = path.read_text().splitlines()
+    assert lines[0] == "user,rank,item,score" and len(lines) == 1 + 3 * dataset.num_users
+    user = str(dataset.user_ids[5])
+    best = top_items(sasrec, user=user, top=3)
+    mine = [line.split(",") for line in lines if line.startswith(f"{user},")]
+    assert [(int(rank), item) for _, rank, item, _ in mine] == [
+        (rank, item) for rank, (item, _) in enumerate(best, start=1)
+    ]
+    for options in ([], ["--all-users", "--user", user]):
+        with pytest.raises(SystemExit):
+            cli.main([*asked, *options])
+        assert "give one of `history`, `user` and `all_users`" in capsys.readouterr().err
 
 
 def test_the_data_must_be_there_and_the_same(sasrec, dataset, data, tmp_path):

@@ -210,6 +210,14 @@ def test_a_run_goes_on_from_what_it_saved(
     assert final_state(folder) == final_state(finished[1])
 
 
+def test_a_run_that_goes_on_for_more_epochs_says_so(finished, split, tmp_path):
+    shutil.copytree(finished[1], folder := tmp_path / "run")
+    more = TINY.epochs + 1
+    fit(replace(TINY, epochs=more), split, (3, 5), folder, source="here", resume=True)
+    assert load_run(folder)[2].epochs == more
+    assert json.loads((folder / "run.json").read_text())["seeds"] == [3, 5]
+
+
 @pytest.mark.parametrize("model", ["sasrec", "bert4rec", "mf"])
 def test_loader_workers_reach_every_objective(model, split):
     """Four make four partial batches; the published figures are theirs as well."""
