@@ -2,6 +2,7 @@
 
 from sevo_jax import sharding
 from sevo_jax.adjacency import normalized_adjacency
+from sevo_jax.adoption import adopt_adam_state
 from sevo_jax.corrected_adam import ScaleByCorrectedAdamState, scale_by_corrected_adam
 from sevo_jax.graph import (
     attribute_graph,
@@ -25,6 +26,7 @@ __all__ = [
     "ResidualState",
     "ScaleByCorrectedAdamState",
     "SmoothEveryState",
+    "adopt_adam_state",
     "attribute_graph",
     "bipartite_graph",
     "edge_graph",
