@@ -40,6 +40,7 @@ from experiments.per_user import bucket_metrics, history_lengths, target_popular
 from experiments.ranking import Ranks, collect, metrics, ranking_data
 from experiments.run_folder import Progress, checkpoints, claim, locked, restore, save
 from experiments.training import Trainer, TrainState
+from sevo_jax.sharding import shard_adjacency
 
 SELECTION = "NDCG@10"  # the validation metric that picks the best epoch
 SAVING = 0.05  # the share of the time that may go into checkpoints between the first and last
@@ -106,8 +107,7 @@ def make_trainer(
     context = None
     if config.model == "lightgcn":
         context = user_item_graph(split)
-        # On a mesh it stays a list of edges, whose sums the partitioner understands.
-        context = prepare(context) if mesh is None else context
+        context = prepare(context) if mesh is None else shard_adjacency(context, mesh)
     elif config.distil != "none":
         objective, context = distilled(objective, config, teacher)
     make: Any = Trainer

@@ -49,8 +49,9 @@ def normalized_adjacency(
         `"auto"`, which takes `"compiled"` on a CPU if it is built and `"rows"` if not, and
         `"edges"` elsewhere. On a GPU the sums of `"edges"` are atomic, so their last bits
         differ from run to run; those of `"padded"` do not. Programs with the two CPU layouts
-        cannot be exported by `jax.export`, and need `check_vma=False` in a `shard_map` of your
-        own that splits the table's columns.
+        cannot be exported by `jax.export`, need `check_vma=False` in a `shard_map` of your own
+        that splits columns or tables, and refuse a `vmap` of tables that an explicit mesh
+        splits, which the other layouts take.
       capacity: pad to this number of edges, which then cost time but change nothing.
       messages: `"bfloat16"` lets the rows of a float32 table travel along edges in half
         precision, which halves the memory traffic. Sums stay in float32; psi is then off by
@@ -149,8 +150,9 @@ def normalized_adjacency(
 # 0.7M edges and 187 MB with 20,000 and 0.36M, where `dense` moves 341 MB and 4.9 GB.
 _FASTEST: dict[str, tuple[Layout, ...]] = {"cpu": ("compiled", "rows"), "other": ("edges",)}
 # Rows stay in the order of the table. Ordered by degree or by Cuthill and McKee's algorithm,
-# psi takes 94 to 107 % of the time on the first three graphs in these two layouts, and the
-# table would have to be brought into that order and back.
+# psi takes 94 to 107 % of the time on the first three graphs in these two layouts (a later
+# trial beside other work, 8M edges by degree: 78 to 93 %), and the table would have to be
+# brought into that order and back. Neither trial has a record.
 
 
 def _fastest() -> Layout:

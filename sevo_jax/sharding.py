@@ -71,7 +71,15 @@ class Sharded(Adjacency):
         return jax.sharding.reshard(y, self._place(spec))
 
     def _place(self, spec: PartitionSpec) -> NamedSharding:
-        return NamedSharding(self.mesh, spec)
+        """Of a mesh that mixes kinds of axes, only explicit ones are a part of types."""
+        kinds = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+        explicit = {name for name, kind in kinds if kind == AxisType.Explicit}
+
+        def kept(names: Any) -> tuple[str, ...] | None:
+            names = (names,) if isinstance(names, str) else names or ()
+            return tuple(name for name in names if name in explicit) or None
+
+        return NamedSharding(self.mesh, PartitionSpec(*map(kept, spec)))
 
     def _own_share(
         self, function: ColumnFunction, local: Adjacency, parameters: jax.Array, x: jax.Array

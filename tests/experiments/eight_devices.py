@@ -1,6 +1,8 @@
 """Tests that need eight devices; `test_mesh.py` runs them in a process that has as many."""
 
+import math
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from experiments.mesh import make_mesh
 from experiments.ranking import collect, ranking_data
 from experiments.run import fit, make_trainer, start
 from experiments.synthetic import synthetic
+from experiments.training import _epoch_keys, round_up
 
 # 101 rows of the table, or 100 for mf: filled up to 104, but on four devices mf needs no more.
 SPLIT = leave_one_out(synthetic(num_users=60, num_items=100, num_communities=2))
@@ -136,3 +139,20 @@ def test_a_run_goes_on_on_four_devices():
 def go_on(folder: Path, mesh: Any = None) -> None:
     """One epoch more."""
     fit(replace(MF, epochs=2), SPLIT, SEEDS, folder, mesh=mesh, resume=True)
+
+
+def test_lightgcn_sends_tables_not_edges():
+    """No collective of a training step is larger than users and items together."""
+    trainer = make_trainer(OTHERS["lightgcn"], SPLIT, mesh=make_mesh(8))
+    state = start(trainer, SEEDS[:1])
+    keys, slots = _epoch_keys(state.key, 1), round_up(trainer.usual_slots, 128)
+    before = state.params, state.opt_state
+    lowered = trainer._epoch_jit.lower(
+        before, keys, trainer.data, trainer.graph, trainer.context, slots
+    )
+    shapes = re.findall(
+        r"= \(?\w+\[([\d,]*)\]\S* (?:all-to-all|all-gather|all-reduce|reduce-scatter)",
+        lowered.compile().as_text() or "",
+    )
+    sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
+    assert sizes and max(sizes) <= (60 + 104) * 8 < SPLIT.num_train * 8
