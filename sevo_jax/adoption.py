@@ -40,7 +40,7 @@ def adopt_adam_state(
         parameters; `state` has no place for them; `b1` or `b2` lies outside of [0, 1).
 
     Examples:
-      >>> import jax.numpy as jnp, numpy as np, optax
+      >>> import jax.numpy as jnp, optax
       >>> import sevo_jax
       >>> params = {"table": jnp.ones((3, 2)), "bias": jnp.ones(2)}
       >>> adam = optax.adamw(1e-2)
@@ -63,16 +63,16 @@ def adopt_adam_state(
             f"{type(state).__name__} without any."
         )
 
-    def corrected(moment: Any, decay: jax.typing.ArrayLike) -> Any:
-        bias = 1 - jnp.asarray(decay, jnp.float32) ** count
-        return jax.tree.map(lambda m: m / jnp.where(count > 0, bias, 1), moment)
+    def correct(moment: Any, decay: jax.typing.ArrayLike) -> Any:
+        # Before the first step there is nothing to correct, and 1 - b^0 to divide by.
+        return optax.tree.bias_correction(moment, decay, jnp.maximum(count, 1))
 
     def adopt(part: Any) -> Any:
         if isinstance(part, ScaleByCorrectedAdamState):
             return ScaleByCorrectedAdamState(
                 count=count,
-                mu_hat=_filled(part.mu_hat, corrected(adam.mu, b1)),
-                nu_hat=_filled(part.nu_hat, corrected(adam.nu, b2)),
+                mu_hat=_filled(part.mu_hat, correct(adam.mu, b1)),
+                nu_hat=_filled(part.nu_hat, correct(adam.nu, b2)),
             )
         if isinstance(part, optax.ScaleByAdamState):
             mu, nu = _filled(part.mu, adam.mu), _filled(part.nu, adam.nu)
