@@ -1,6 +1,7 @@
 """The best next items for histories or users, from a run's checkpoint."""
 
 import csv
+import functools
 import io
 import shlex
 from collections.abc import Iterable, Sequence
@@ -42,6 +43,7 @@ class Recommender:
     def __init__(self, folder: str | Path, seed: int | None = None):
         self.folder = Path(folder)
         module, self.item_ids, self.config = load_run(folder, seed)
+        self._items = _by_name(self.item_ids)
         objective = BACKBONES[self.config.model].objective(len(self.item_ids), self.config)
         self._longest = self.config.max_length - objective.num_queries
         graphdef, self._params = nnx.split(module)
@@ -52,6 +54,10 @@ class Recommender:
             return objective.scorer(module, num_slots, context)(histories)
 
         self._scores = jax.jit(scores)
+
+    @functools.cached_property
+    def _split(self) -> Split:
+        return _split_of_run(self.folder, self.config)
 
     def for_histories(
         self, histories: Sequence[Sequence[str]], top: int = 10, *, exclude: Iterable[str] = ()
@@ -79,7 +85,7 @@ class Recommender:
                 )
             if len(history) == 0:
                 raise ValueError("give a `history` of at least one item.")
-            items.append(_rows("item", history, self.item_ids))
+            items.append(_rows("item", history, self._items))
         return self._top(items, [0] * len(items), None, top, exclude)
 
     def for_users(
@@ -101,9 +107,13 @@ class Recommender:
         Raises:
           ValueError: a user is not known, or the run's data are no longer there.
         """
-        split = _split_of_run(self.folder, self.config)
+        if isinstance(users, str):
+            raise TypeError(f"`users` must be a sequence of ids, got the string {users!r}.")
+        split = self._split
         known = split.dataset.user_ids
-        rows = np.arange(len(known)) if users is None else _rows("user", users, known)
+        rows = np.arange(len(known))
+        if users is not None:
+            rows = _rows("user", users, _by_name(known))
         is_graph = self.config.model == "lightgcn"
         context = prepare(user_item_graph(split)) if is_graph else None
         items = [split.dataset.sequence(int(row)) for row in rows]
@@ -119,7 +129,7 @@ class Recommender:
         exclude: Iterable[str],
     ) -> list[list[tuple[str, float]]]:
         check_sizes(top=top)
-        left_out = _rows("item", list(exclude), self.item_ids)
+        left_out = _rows("item", list(exclude), self._items)
         found = []
         # Two shapes at most, so that two programs are compiled: of one history, and of many.
         size = _CHUNK if len(histories) > 1 else 1
@@ -165,16 +175,19 @@ def top_items(
     recommender = Recommender(folder, seed)
     if user is None:
         return recommender.for_histories([history], top, exclude=exclude)[0]
-    return recommender.for_users([user], top, exclude=exclude)[user]
+    return recommender.for_users([user], top, exclude=exclude)[str(user)]
 
 
-def _rows(kind: str, asked: Sequence[str], ids: np.ndarray) -> np.ndarray:
+def _by_name(ids: np.ndarray) -> dict[str, int]:
+    return {str(external): row for row, external in enumerate(ids)}
+
+
+def _rows(kind: str, asked: Sequence[str], known: dict[str, int]) -> np.ndarray:
     """The rows of external ids of `"item"` or `"user"`."""
-    known = {str(external): row for row, external in enumerate(ids)}
     if unknown := [str(external) for external in asked if str(external) not in known]:
         raise ValueError(
-            f"the run does not know the {kind} {', '.join(unknown[:5])}. Its {len(ids):,} "
-            f"{kind}s are named like {ids[0]}."
+            f"the run does not know the {kind} {', '.join(unknown[:5])}. Its {len(known):,} "
+            f"{kind}s are named like {next(iter(known))}."
         )
     return np.array([known[str(external)] for external in asked], np.int64)
 
