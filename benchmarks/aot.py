@@ -1,12 +1,12 @@
-"""The training step compiled for TPUs and GPUs that are not there: memory, collectives, cost.
+"""The training loop compiled for TPUs and GPUs that are not there: memory, collectives, cost.
 
     pip install "jax[tpu]" jax-cuda13-plugin nvidia-cuda-nvcc
     python -m benchmarks aot --targets v5e v5e-4x4 --out benchmarks/AOT.md
 
-Compiles a full step of SASRec + SEvo-AdamW (forward, backward, Adam, psi, decay) for a
-described topology. Arguments are shapes alone: nothing is allocated, and nothing is run. The
-item table, its moments and psi are split over the devices by `sevo_jax.sharding`, the batch by
-users. The CUDA plugin must be of jax's own version.
+Compiles the epoch that `experiments train --mesh` runs, a loop over steps of SASRec +
+SEvo-AdamW, for a described topology. Arguments are shapes alone: nothing is allocated, and
+nothing is run. The item table, its moments and psi are split over the devices by
+`sevo_jax.sharding`, the batch by users. The CUDA plugin must be of jax's own version.
 """
 
 import importlib.metadata
@@ -23,24 +23,24 @@ from typing import NamedTuple
 import jax
 import tyro
 
-from benchmarks.sharded_step import Size, training_step
+from benchmarks.mesh_epoch import Size, lower_epoch
 from benchmarks.targets import SOURCES, TARGETS, mesh_of, missing
 from experiments import records
 from experiments.presets import preset
 
 CONFIG = preset("sasrec", "amazon_beauty", "sevo_adamw")
-
-
+# Users and interactions of the first are Beauty's, of the second those of the paper's
+# Clothing; the others have as many for each edge as that has.
 SIZES = {
-    "beauty": Size(12_101, 218_852),
-    "clothing": Size(376_378, 16_000_000),
-    "1m": Size(1_000_000, 40_000_000),
-    "10m": Size(10_000_000, 40_000_000),
+    "beauty": Size(12_101, 218_852, 22_363, 153_776),
+    "clothing": Size(376_378, 16_000_000, 1_219_337, 8_843_771),
+    "1m": Size(1_000_000, 40_000_000, 3_000_000, 22_000_000),
+    "10m": Size(10_000_000, 40_000_000, 3_000_000, 22_000_000),
 }
 
 
 class Use(NamedTuple):
-    """What one device needs for a step, in bytes, by the compiler's account."""
+    """What one device needs for training, in bytes, by the compiler's account."""
 
     arguments: float
     outputs: float
@@ -55,7 +55,7 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """A step as compiled for a target, or, without `use`, one that the compiler refused."""
+    """A loop of steps as compiled for a target; without `use`, the compiler refused it."""
 
     target: str
     size: Size
@@ -71,9 +71,8 @@ class Step:
 
 
 def compile_step(name: str, size: Size) -> Step:
-    """Compiles the step of a size for the target of that name."""
-    step, arguments = training_step(size, mesh_of(TARGETS[name]), CONFIG)
-    lowered = step.lower(*arguments)
+    """Compiles the epoch of a size for the target of that name."""
+    lowered = lower_epoch(size, mesh_of(TARGETS[name]), CONFIG)
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -89,7 +88,7 @@ def compile_step(name: str, size: Size) -> Step:
     use = Use(*(getattr(memory, f"{part}_size_in_bytes") for part in parts))
     flops = (compiled.cost_analysis() or {}).get("flops")
     try:
-        moved = collectives(compiled.as_text())
+        moved = collectives(compiled.as_text() or "")
     except jax.errors.JaxRuntimeError:
         moved = None  # jaxlib 0.10 cannot print the asynchronous collectives of v5p
     return Step(name, size, seconds, use.total, use, flops, moved)
@@ -180,9 +179,10 @@ def page(steps: Iterable[Step], command: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     made = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"""# The training step compiled ahead of time
+    return f"""# The training loop compiled ahead of time
 
-A full step of SASRec + SEvo-AdamW: forward, backward, Adam with corrected moments, psi, weight
+The epoch that `experiments train --mesh` runs, of SASRec + SEvo-AdamW: a loop over steps that
+draws a batch and negatives, then forward, backward, Adam with corrected moments, psi, weight
 decay. Compiled for devices that were not there; **nothing here ran on a TPU or a GPU.** Made by
 
     {command}
@@ -193,36 +193,36 @@ on {made_on["device"]}, {made_on["cores"]} core(s):
 Batch {CONFIG.batch_size} users of {CONFIG.max_length} items each, the longest that there can
 be; d = {CONFIG.dim}, float32, L = {CONFIG.num_layers}. On several devices the item table,
 Adam's moments and psi are split by `sevo_jax.sharding`, the batch by users; every device holds
-the whole graph. The step takes a batch that is drawn already (`benchmarks/sharded_step.py`);
-`experiments train --mesh` draws it in the same program, in streams.
+the whole graph and all training data.
 
 {table}
 
 - Memory is in GB on each device, by the compiler's account. Parameters and moments are donated:
-  outputs take their place. A step fits if all of it is within the device's memory, of which
-  the runtime takes a little for itself.
+  outputs take their place. An epoch fits if all of it is within the device's memory, of which
+  the runtime takes a little for itself. Training also keeps the best parameters so far, a
+  third of the parameters and moments.
 - {SOURCES}
-- GFLOPs are of one device, by the compiler's account; that for CUDA gives none.
+- GFLOPs are those of a step on one device, by the compiler's account; that for CUDA gives none.
 - Collectives of one step: number, and bytes of the results on each device. psi has the
   all-to-alls; the rest are the look-up of the batch's rows, its gradient, and the gradients of
   the other parameters, as the partitioner arranges them.
 - "ms at least" is the time to read all arguments and write all outputs once at the memory's
-  full bandwidth. It is a bound, no forecast: psi also reads a row for each edge and layer.
-  [RESULTS.md](RESULTS.md) has the milliseconds that a packed step took on an H200, and the
-  share of its bandwidth that psi reached.
+  full bandwidth. It is a bound for a step, no forecast: psi also reads a row for each edge and
+  layer. [RESULTS.md](RESULTS.md) has the milliseconds that a packed step took on an H200, and
+  the share of its bandwidth that psi reached.
 """
 
 
 @dataclass(frozen=True)
 class Options:
-    """Compile the training step ahead of time for devices that are not there."""
+    """Compile the training loop ahead of time for devices that are not there."""
 
     targets: tuple[str, ...] = tuple(TARGETS)
     """Of the table `TARGETS`."""
     sizes: tuple[str, ...] = tuple(SIZES)
     """Of the table `SIZES`."""
     out: Path | None = None
-    """The page to write, rewritten after every step."""
+    """The page to write, rewritten after every epoch."""
 
 
 def check(options: Options) -> None:
@@ -241,7 +241,7 @@ def check(options: Options) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Compiles one step after the other; bad input ends with a message and exit status 2."""
+    """Compiles one epoch after the other; bad input ends with a message and exit status 2."""
     args = sys.argv[1:] if args is None else args
     options = tyro.cli(Options, prog="python -m benchmarks aot", args=args)
     try:

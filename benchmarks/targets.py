@@ -8,6 +8,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from experiments.mesh import AXIS
+
 
 class Device(NamedTuple):
     """Published figures of one device; `SOURCES` says by whom."""
@@ -72,7 +74,7 @@ def missing(target: Target) -> str | None:
 
 
 def mesh_of(target: Target) -> Mesh:
-    """The devices of a target that need not exist, on one axis, `"rows"`."""
+    """The devices of a target that need not exist, on one axis."""
     # Keeps libtpu from asking a cloud machine for its topology, and jax for a driver.
     described = {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -84,4 +86,4 @@ def mesh_of(target: Target) -> Mesh:
     }
     os.environ.update({k: v for k, v in described.items() if k not in os.environ})
     devices = topologies.get_topology_desc(**target.topology).devices
-    return Mesh(np.array(devices), ("rows",))
+    return Mesh(np.array(devices), (AXIS,))

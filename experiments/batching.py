@@ -252,15 +252,20 @@ def draw_negatives(key: jax.Array, data: TrainData, users: jax.Array) -> jax.Arr
             open_ & ~below, middle, high
         )
 
-    bounds = first, end
-    if jax.default_backend() == "cpu":
-        bounds = jax.lax.while_loop(lambda b: (b[0] < b[1]).any(), halve, bounds)
-    else:
-        # As often as any row could need: the host would have to wait for the device to learn
-        # whether to go on, and these few steps fuse.
+    def while_any_is_open(bounds):
+        return jax.lax.while_loop(lambda b: (b[0] < b[1]).any(), halve, bounds)
+
+    def as_often_as_any_could_need(bounds):
+        # An accelerator's host would have to wait for it to learn whether to go on, and these
+        # few steps fuse.
         for _ in range(len(data.seen_gaps).bit_length()):
             bounds = halve(bounds)
-    return rank + bounds[0] - first
+        return bounds
+
+    found, _ = jax.lax.platform_dependent(
+        (first, end), cpu=while_any_is_open, default=as_often_as_any_could_need
+    )
+    return rank + found - first
 
 
 def _padded(array: jax.Array) -> jax.Array:

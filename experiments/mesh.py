@@ -35,9 +35,8 @@ from experiments.batching import TrainData
 from experiments.config import Config
 from experiments.objectives import Objective
 from experiments.ranking import Histories, RankingData
-from experiments.training import Params, Trainer
+from experiments.training import Params, Trainer, round_up
 from models.losses import weighted_mean
-from sevo_jax import item_graph
 from sevo_jax.sharding import Sharded, row_shardings, shard_adjacency
 
 AXIS = "devices"
@@ -163,6 +162,11 @@ def trim(params: Params, shapes: Params) -> Params:
     )
 
 
+def placed(leaf: Any, sharding: NamedSharding) -> Any:
+    """The shape of an array, with its place on a mesh."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 class MeshTrainer(Trainer):
     """A `Trainer` whose state is split over a mesh.
 
@@ -174,7 +178,8 @@ class MeshTrainer(Trainer):
       num_rows: of the tables of items.
       build: see `Trainer`.
       optimizer, objective, graph, data, batch_size, context, touched: see `Trainer`; the
-        objective is one of `Streams` on that mesh, and the graph from `split_graph`.
+        objective is one of `Streams` on that mesh, the graph from `split_graph`, and data lie
+        on all devices. Of all these and `context` shapes are enough for `lower_epoch`.
     """
 
     def __init__(
@@ -206,14 +211,16 @@ class MeshTrainer(Trainer):
         module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
         self.shapes = nnx.to_pure_dict(nnx.state(module, nnx.Param))
         self.everywhere = everywhere = NamedSharding(mesh, WHOLE)
-        data, context = jax.device_put((data, context), everywhere)
         super().__init__(
             build_filled, optimizer, objective, graph, data, batch_size, context, touched
         )
-        # A graph without edges tells where rows belong, whatever the optimizer has.
-        rows = split_graph(item_graph([], num_rows), num_rows, mesh)
+        # Whatever the optimizer has for a graph, this one tells where rows belong.
+        nodes = jax.ShapeDtypeStruct((round_up(num_rows, mesh.size),), bool)
+        rows = Sharded(local=None, isolated=nodes, mesh=mesh, axes=(AXIS,))  # type: ignore
         keys = jax.ShapeDtypeStruct((1,), jax.random.key(0).dtype)
-        places = row_shardings(jax.eval_shape(self.init, keys), rows)
+        state = jax.eval_shape(self.init, keys)
+        places = row_shardings(state, rows)
+        self.state_shapes = jax.tree.map(placed, state, places)  # of one seed
         init = self.init
         from_words = jax.jit(
             lambda words: init(jax.random.wrap_key_data(words)), out_shardings=places
@@ -231,6 +238,13 @@ class MeshTrainer(Trainer):
 
     def module(self, params: Params) -> Any:
         return super().module(trim(params, self.shapes))
+
+    def lower_epoch(self, num_slots: int) -> jax.stages.Lowered:
+        """The epoch of one seed, for a compiler; its devices need not be there."""
+        params, opt_state, key, _ = self.state_shapes
+        return self._epoch_jit.lower(
+            (params, opt_state), (key, key), self.data, self.graph, self.context, num_slots
+        )
 
     def rank(self, params: Params, data: RankingData, num_slots: int):
         return super().rank(params, jax.device_put(data, self.everywhere), num_slots)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import records
 from experiments.backbones import (
@@ -115,7 +115,10 @@ def make_trainer(
         objective = Streams(objective, config.streams, mesh)
     if mesh is not None:
         make = functools.partial(MeshTrainer, mesh, num_rows)
+    objective.check(data)
     batch_size = windows_per_step(config, data)
+    if mesh is not None:
+        data = jax.device_put(data, NamedSharding(mesh, PartitionSpec()))
     order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))
 
     def build(rngs: nnx.Rngs) -> Any:

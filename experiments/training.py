@@ -1,5 +1,6 @@
 """The training step, the epoch and the state, compiled once for any backbone and optimizer."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,7 +47,7 @@ class Trainer:
       objective: what a step draws and minimises.
       graph: an adjacency prepared by `sevo_jax.normalized_adjacency`, passed to the compiled
         epoch as data, or `None`.
-      data: from `training_data`.
+      data: from `training_data`; the objective's `check` must have passed.
       batch_size: windows in a batch.
       context: arrays that the objective needs beside the parameters, such as the graph that a
         model propagates over; passed to the compiled epoch as data.
@@ -65,7 +66,6 @@ class Trainer:
         context: Any = None,
         touched: bool = False,
     ):
-        objective.check(data)
         self.build = build
         self.graphdef = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0]
         self.optimizer = optax.with_extra_args_support(optimizer)
@@ -75,14 +75,9 @@ class Trainer:
         self.batch_size = batch_size
         self.context = context
         self.touched = touched
-        lengths = np.asarray(data.lengths)
         order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))
         self.num_steps = order.shape[0]  # of an epoch
-        num_windows = order.shape[-1]  # of a stream
-        spread = 4.5 * math.sqrt(num_windows) * lengths.std()
-        self.usual_slots = min(
-            int(num_windows * lengths.mean() + spread), num_windows * int(lengths.max())
-        )
+        self.num_windows = order.shape[-1]  # of a stream
         seeds = over_seeds()
         self.init = jax.jit(seeds(self._init))
         self._most_slots = jax.jit(
@@ -104,6 +99,14 @@ class Trainer:
             static_argnums=3,
         )
 
+    @functools.cached_property
+    def usual_slots(self) -> int:
+        """Slots that are enough for all but the longest of thousands of streams."""
+        lengths = np.asarray(self.data.lengths)
+        spread = 4.5 * math.sqrt(self.num_windows) * lengths.std()
+        most = self.num_windows * int(lengths.max())
+        return min(int(self.num_windows * lengths.mean() + spread), most)
+
     def _init(self, key: jax.Array) -> TrainState:
         init_key, train_key = jax.random.split(key)
         module = self.build(nnx.Rngs(init_key))
@@ -118,8 +121,8 @@ class Trainer:
         that was interrupted can be run again from what was saved.
         """
         order_keys, step_keys = _epoch_keys(state.key, number)
-        # Batches differ in length. The stream has room for all but the longest of thousands,
-        # so that all epochs share one compiled program; an epoch that needs more gets more.
+        # Batches differ in length. All epochs share one compiled program; only one that needs
+        # more slots gets more.
         # Only in such a rare epoch do a seed's draws depend on the seeds beside it.
         slots = max(self.usual_slots, int(self._most_slots(order_keys, self.data).max()))
         num_slots = round_up(slots, 128)

@@ -21,7 +21,7 @@ def test_on_eight_devices():
     args = "-m", "pytest", "-q", "-p", "no:cacheprovider", suite
     process = start(*args, devices=8, XLA_FLAGS=flags)
     printed = output(process, timeout=300)
-    assert "3 passed" in printed, printed
+    assert "2 passed" in printed, printed
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,7 @@ def test_what_the_compiler_refuses_does_not_fit(monkeypatch):
             raise jax.errors.JaxRuntimeError(message)
 
         lowered = SimpleNamespace(compile=compile)
-        step = SimpleNamespace(lower=lambda: lowered), ()
-        monkeypatch.setattr(aot, "training_step", lambda *_: step)
+        monkeypatch.setattr(aot, "lower_epoch", lambda *_: lowered)
 
     monkeypatch.setattr(aot, "mesh_of", lambda _: None)
     for message in (
