@@ -15,13 +15,14 @@ from tyro.conf import Positional
 
 from benchmarks import measure
 
-Name = Literal["psi", "seeds", "growth", "step", "epoch", "build", "all", "page"]
+Name = Literal["psi", "seeds", "growth", "optimizer", "step", "epoch", "build", "all", "page"]
 LARGE = ("beauty", "electronics", "clothing", "1m")
 # By benchmark its sizes, and how often each is measured unless `--repeats` says otherwise.
 DEFAULTS: dict[str, dict[str, int]] = {
     "psi": {"small": 15} | dict(zip(LARGE, (15, 9, 7, 5), strict=True)),
     "seeds": {"beauty": 15, "electronics": 3},
     "growth": {"all": 5},
+    "optimizer": {"beauty": 15, "clothing": 5},
     "step": dict(zip(LARGE, (3, 3, 2, 1), strict=True)),
     "epoch": {"beauty": 3},
     "build": {"1M": 1, "10M": 1},
@@ -115,6 +116,10 @@ def _one(name: str, size: str, options: Options) -> None:
         from benchmarks.step import steps
 
         values = steps(size, options.data, repeats, options.full or size != "1m")
+    elif name == "optimizer":
+        from benchmarks.optimizer import updates
+
+        values = updates(size, options.data, repeats)
     elif name == "epoch":
         from benchmarks.epoch import epoch
 

@@ -64,7 +64,8 @@ def text(found: Iterable[Record]) -> str:
         "loop over the parameters, as in the official code.",
         "## Targets",
         "Medians decide; where the shortest times would decide otherwise, nothing is decided. "
-        "Lines with 9 are what the compiled psi was to bring over the best without a compiler.",
+        "Lines with 9 are what the compiled psi was to bring over the best without a compiler; "
+        "the line with 10 what fusing was to leave of the optimizer beside psi.",
         *(part for name, one in machines.items() for part in _judgement(name, one)),
         *(part for name, one in machines.items() for part in _tables(name, one)),
         "## Made by",
@@ -108,6 +109,7 @@ def _tables(name: str, found: Found) -> list[str]:
     for title, benchmark, shown in (
         ("Psi alone", "psi", _each(_psi)),
         ("Several tables at once, `vmap`", "seeds", _seeds),
+        ("An update of the table", "optimizer", _optimizer),
         ("A training step", "step", _each(_step)),
         ("An epoch and a full-ranking validation", "epoch", _each(_epoch)),
         ("Building a graph, in blocks", "build", _build),
@@ -187,6 +189,8 @@ def targets(found: Found) -> list[list[str]]:
          ratios(LARGE, "psi", "rows", "compiled")),
         ("9. step at 377k items, sevo, rows / sevo, compiled", 4.2, least,
          ratios(("clothing",), "step", "sevo, rows", "sevo, compiled")),
+        ("10. SEvo-AdamW's update without psi / AdamW's", 1.3, most,
+         [(size, _beyond_psi(found.get(("optimizer", size), {}))) for size in SIZES]),
     ]  # fmt: skip
     lines = [_fair(_judged(*row), found) for row in rows]
     if any("torch_sparse is not" in r.get("peers", {}).get("PyG", "") for r in found.values()):
@@ -305,6 +309,26 @@ def _seeds(found: list[Record]) -> str:
                 rows.append([record["size"], name, how, str(number), *times, more])
     head = ("size", "layout", "timed", "S", "one, ms (min)", "S, ms (min)", "ratio")
     return _table(head, rows)
+
+
+def _optimizer(found: list[Record]) -> str:
+    rows = []
+    for record in found:
+        arms = record["arms"]
+        times = [_milliseconds(arms[name]) for name in ("adamw", "psi", "sevo_adamw")]
+        about = [_title(record), f"{record['items']:,}", f"{record['touched']:,}"]
+        rows.append([*about, record["layout"], *times, f"{_beyond_psi(record):.2f}"])
+    head = ("size", "items", "rows with a gradient", "layout", "AdamW, ms (min)", "psi, ms (min)",
+            "SEvo-AdamW, ms (min)", "SEvo-AdamW less psi, / AdamW")  # fmt: skip
+    return _table(head, rows)
+
+
+def _beyond_psi(record: Record) -> float | None:
+    """What SEvo-AdamW takes beside its smoothing, in times of AdamW."""
+    if not record:
+        return None
+    adamw, psi, both = (record["arms"][n]["median"] for n in ("adamw", "psi", "sevo_adamw"))
+    return (both - psi) / adamw
 
 
 def _step(record: Record) -> str:

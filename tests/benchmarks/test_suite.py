@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import cli, graphs, measure, page, psi
+from benchmarks import cli, graphs, measure, optimizer, page, psi
 from experiments.dataset import leave_one_out
 from experiments.loaders import load
 from sevo_jax import item_graph
@@ -182,8 +182,12 @@ def test_targets_are_judged_by_hand():
     found = {line[0].partition(":")[0]: line[1:] for line in lines}
     assert found["1. psi at Beauty, rows / PyG"][1].startswith("not judged")
     assert found["1. psi at Beauty, rows / torch CSR"] == ["beauty 1", "yes"]
-    numbers = {int(line[0][0]) for line in lines}
-    assert numbers == {*range(1, 8), 9}
+    assert {int(line[0].split(".")[0]) for line in lines} == {*range(1, 8), 9, 10}
+    taken = {"adamw": 0.2, "psi": 1.0, "sevo_adamw": 1.3}
+    arms_of_update = {name: {"median": s, "min": s} for name, s in taken.items()}
+    update = {("optimizer", "beauty"): _record("optimizer", "beauty", arms=arms_of_update)}
+    (line,) = [line for line in page.targets(update) if line[0].startswith("10.")]
+    assert line[1:] == ["beauty 1.5", "**no**, by a factor of 1.15"]
     # Its median misses the target, its shortest time does not.
     noisy = arms | {"torch CSR": {**arms["torch CSR"], "min": 0.004}}
     text = page.text([beauty | {"arms": noisy}])
@@ -244,13 +248,15 @@ def test_small_runs_make_a_page(tmp_path, monkeypatch, size):
     monkeypatch.setattr(psi, "SWEEPS", {"width": (4, 8), "layers": (1, 2)})
     monkeypatch.setattr(measure, "copy_bandwidth", lambda: 1.0)
     monkeypatch.setattr(psi, "copy_bandwidth", lambda: 1.0)
-    monkeypatch.setattr(
-        psi, "turns", lambda f, repeats: measure.turns(f, repeats, least=0, rest=0)
-    )
+    for module in (psi, optimizer):
+        monkeypatch.setattr(
+            module, "turns", lambda f, repeats: measure.turns(f, repeats, least=0, rest=0)
+        )
     for name, values in (
         ("psi", psi.alone(size, None, 1)),
         ("seeds", psi.seeds(size, None, 1, number=2)),
         ("growth", psi.growth(1, scale=0.005)),
+        ("optimizer", optimizer.updates(size, None, 1)),
     ):
         measure.keep(tmp_path, name, size, 1, values)
     (tmp_path / "out").mkdir()
@@ -258,6 +264,7 @@ def test_small_runs_make_a_page(tmp_path, monkeypatch, size):
     text = (tmp_path / "out" / "page.md").read_text()
     assert re.search(r"\| rows \| [\d.e+]+ \([\d.e+]+\) \|", text)
     assert "| tiny | rows | single calls | 2 |" in text and "| layers | 1: " in text
+    assert "| tiny (generated) | 2,000 | " in text
     for one, other in itertools.pairwise(text.split("\n")):
         if one.startswith("| ---"):
             assert one.count("|") == other.count("|")
