@@ -96,10 +96,10 @@ def gather(found: Iterable[tuple[Path, Records]]) -> list[Run]:
     for path, records in sorted(found, key=lambda pair: sort_key(pair[1])):
         key = config_of(records), place_of(records)._replace(ablation="")
         groups[key].append((path, records))
-        if not ablation_of(records) or not _smooths(key[0]):
+        if not ablation_of(records) or not smooths(key[0]):
             alone.add(key)
     runs = [_joined(files) for key, files in groups.items() if key in alone]
-    return sorted(runs, key=lambda run: (run.place, _smooths(run.config), in_order(run.name)))
+    return sorted(runs, key=lambda run: (run.place, smooths(run.config), in_order(run.name)))
 
 
 def _joined(files: list[tuple[Path, Records]]) -> Run:
@@ -247,7 +247,7 @@ def _comparable(first: Run, second: Run) -> bool:
         if "weight_decay" in changed:  # the same number means another thing to the other
             return False
         ignored |= {"weight_decay"} if changed else _RATES
-    plain = [run.config for run in (first, second) if not _smooths(run.config)]
+    plain = [run.config for run in (first, second) if not smooths(run.config)]
     ignored |= set(SEVO_ONLY) if plain else {"placement"}
     if len(plain) == 1 and plain[0].has_sevo:  # it may have a smoothed start
         ignored -= {"smooth_start"}
@@ -255,7 +255,7 @@ def _comparable(first: Run, second: Run) -> bool:
     return all(one[name] == other[name] for name in one.keys() - ignored)
 
 
-def _smooths(config: Config) -> bool:
+def smooths(config: Config) -> bool:
     """Whether psi does anything to steps: at beta 0 on the gradient it may act at the start
     alone, and the optimizer is the plain one."""
     idle = config.placement == "gradient" and config.beta == 0 and not config.beta_ramp
@@ -280,7 +280,7 @@ def _compared(first: Run, second: Run, metric: str, samples: int) -> Comparison:
                 *(per_user(r, metric) for r in ranks), samples=samples
             )
     baseline = "other"
-    if _smooths(first.config) and not _smooths(second.config):
+    if smooths(first.config) and not smooths(second.config):
         if first.config.base == second.config.base:
             baseline = "same optimizer"
         elif second.config.optimizer == "adam":

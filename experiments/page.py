@@ -49,6 +49,7 @@ from experiments.tables import (
     tests_table,
     train_command,
 )
+from experiments.tuning import HOW_CHOSEN, tuned_table
 
 METRIC = "NDCG@10"
 MAX_CURVES = 8  # in one figure; more cannot be told apart
@@ -100,6 +101,7 @@ def render(
     runs = gather(found)
     compared = compare_each(runs, METRIC)
     contents = [("published", "Beside the published figures"), ("gains", "Gains")]
+    contents.append(("tuned", "Tuned"))
     sections = []
     for title, records in by_place(records for _, records in presets):
         pairs = compared[place_of(records[0])]
@@ -118,6 +120,7 @@ def render(
     parts = [
         _beside(beside, command),
         _gains(itertools.chain(*compared.values()), command),
+        _tuned(tuned_table(records for _, records in found), command),
         *sections,
         _missing(missing(runs), command),
     ]
@@ -149,6 +152,14 @@ def _gains(pairs: Iterable[Comparison], command: str) -> str:
 paper's Table 2 reports. The p values are Holm's, within one dataset and model; the sections
 below say how they are made.</p>
 {table_html(caption, gains_table(pairs, METRIC), [command], none)}
+</section>"""
+
+
+def _tuned(table: Table, command: str) -> str:
+    caption, none = f"The best of each arm, {METRIC}", "No arm has been tuned."
+    return f"""<section id="tuned"><h2>Tuned</h2>
+<p>{HOW_CHOSEN[:-1]}.</p>
+{table_html(caption, table, [command], none)}
 </section>"""
 
 

@@ -33,6 +33,7 @@ from experiments.tables import (
     tests_table,
     versions_of,
 )
+from experiments.tuning import HOW_CHOSEN, tuned_table
 
 _HOW_COMPARED = """Each SEvo run against the same optimizer without SEvo, and against Adam,
 whose baselines the paper's Table 2 reports; over the seeds that both have. Baselines may have
@@ -70,6 +71,8 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
     compared = compare_each(gather(found))
     if (gains := gains_table(itertools.chain(*compared.values()))).rows:
         parts += [_HOW_COMPARED, _markdown(gains)]
+    if (tuned := tuned_table(runs)).rows:
+        parts += [HOW_CHOSEN, _markdown(tuned)]
     if presets:
         parts += ["All runs that are no ablation's:"]
         parts += [_markdown(tests_table(presets)), _markdown(curves_table(presets))]
@@ -124,9 +127,9 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
     """Copies tested runs' records below `into`, thinned so that a repository can hold them.
 
     Tests stay whole, but for the folders that the data lay in; of curves of more than 30
-    epochs, 1, 5, 10 and every 20th stay. These and the buckets leave out the settings, which
-    each test repeats. A run `DATA-MODEL/OPTIMIZER` becomes one file of that name, and so does
-    an arm of an ablation. Seeds of one configuration and dataset that were trained apart, in
+    epochs, 1, 5, 10, every 20th and the best stay. These and the buckets leave out the
+    settings, which each test repeats. A run `DATA-MODEL/OPTIMIZER` becomes one file of that
+    name, and so does an arm of an ablation. Seeds of one configuration and dataset that were trained apart, in
     folders of these names, are joined, and so are those that are kept already. Studies are
     copied with their pictures, in place of older ones of the same command.
 
@@ -161,7 +164,9 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
         run = [r for r in held if r["seed"] not in _seeds(run)] + run
         target.parent.mkdir(parents=True, exist_ok=True)
         short = max(r["epoch"] for r in run) <= 30
-        records.replace(target, records.lines(_slim(r) for r in run if short or _stays(r)))
+        best = {(r["seed"], r["epoch"]) for r in run if r["kind"] == "test"}
+        kept = (r for r in run if short or _stays(r) or (r["seed"], r["epoch"]) in best)
+        records.replace(target, records.lines(map(_slim, kept)))
 
 
 def _keep_studies(folders: Iterable[str | Path], into: Path) -> None:

@@ -1,5 +1,6 @@
 """Tables are functions of records: by hand for one small run."""
 
+import functools
 import json
 import shlex
 import shutil
@@ -13,6 +14,7 @@ from experiments.presets import preset
 from experiments.published import official_curve, published
 from experiments.report import BEGIN, END, keep, write_report
 from experiments.tables import name_of, sort_key
+from experiments.tuning import tuned_table
 
 CONFIG = preset("sasrec", "amazon_beauty", "sevo_adamw", beta=0.5)
 
@@ -95,6 +97,40 @@ def test_gains_are_told_with_their_p_values(runs, tmp_path):
     assert row in page.read_text()
 
 
+def test_the_best_of_each_arm_is_chosen_by_validation(tmp_path):
+    """Out of how many, too; a setting that ran on two devices counts once."""
+    make = functools.partial(preset, "sasrec", "amazon_beauty")
+    arms = {  # by folder: settings, and (validation, test) of each seed
+        "a": (make("adamw"), [(0.3, 0.2), (0.5, 0.4)]),
+        "b": (make("adamw", weight_decay=0.3), [(0.6, 0.1), (0.4, 0.2)]),
+        "c": (make("sevo_adamw"), [(0.8, 0.9), (0.6, 0.3)]),
+        "again": (make("sevo_adamw"), [(0.8, 0.9)]),
+        "few": (make("sevo_adamw", train_users=0.5), [(0.9, 0.9)]),
+        "attributes": (make("sevo_adamw", graph="attributes"), [(0.9, 0.9)]),
+        "other loss": (make("sevo_adamw", loss="bpr"), [(0.9, 0.9)]),
+    }
+    runs = []
+    for config, seeds in arms.values():
+        runs.append(
+            [
+                {"kind": kind, "seed": seed, "epoch": epoch, "NDCG@10": value}
+                | {"config": asdict(config), "data": {"name": "amazon_beauty"}}
+                for seed, (valid, test) in enumerate(seeds)
+                for kind, epoch, value in (
+                    ("valid", 1, valid),
+                    ("valid", 2, 0.1),
+                    ("test", 1, test),
+                )
+            ]
+        )
+    table = tuned_table(runs)
+    assert len(table.rows) == 1 and {len(row) for row in table.rows} == {len(table.head)}
+    (row,) = table.rows
+    assert row[:4] == ["amazon_beauty", "sasrec", "bce", "adamw"]
+    assert row[4:8] == ["2", "adamw, weight_decay 0.3", "0.5000 ± 0.1414", "0.1500 ± 0.0707"]
+    assert row[8:] == ["1", "sevo_adamw", "0.7000 ± 0.1414", "0.6000 ± 0.4243", "+300.0 %", "2"]
+
+
 def test_data_of_one_name_that_differs_is_told_apart(runs, tmp_path):
     other = runs / "other" / "sevo_adamw"
     shutil.copytree(runs / "beauty-sasrec" / "sevo_adamw", other)
@@ -142,7 +178,7 @@ def test_kept_records_give_the_same_table(runs, tmp_path):
     assert pages[0].read_text() == pages[1].read_text()
 
 
-@pytest.mark.parametrize(("last", "kept"), [(30, list(range(31))), (31, [0, 1, 5, 10, 20])])
+@pytest.mark.parametrize(("last", "kept"), [(30, list(range(31))), (31, [0, 1, 2, 5, 10, 20])])
 def test_long_curves_are_thinned(last, kept, runs, tmp_path):
     path = runs / "beauty-sasrec" / "sevo_adamw" / "records.jsonl"
     with path.open("a") as file:
