@@ -129,9 +129,9 @@ def keep(folders: Iterable[str | Path], into: str | Path) -> None:
     Tests stay whole, but for the folders that the data lay in; of curves of more than 30
     epochs, 1, 5, 10, every 20th and the best stay. These and the buckets leave out the
     settings, which each test repeats. A run `DATA-MODEL/OPTIMIZER` becomes one file of that
-    name, and so does an arm of an ablation. Seeds of one configuration and dataset that were trained apart, in
-    folders of these names, are joined, and so are those that are kept already. Studies are
-    copied with their pictures, in place of older ones of the same command.
+    name, and so does an arm of an ablation. Seeds of one configuration and dataset that were
+    trained apart, in folders of these names, are joined, and so are those that are kept
+    already. Studies are copied with their pictures, in place of older ones of the same command.
 
     Raises:
       ValueError: two runs or studies that differ would be kept in the same place.
