@@ -1,7 +1,8 @@
 """The paper's ablations, and what it left open: each a table of settings to compare.
 
-Settings that differ in traced values alone (learning rate, weight decay, beta, rescaling,
-moment correction, residual decay) train in one compiled program; others form a program each.
+Settings that differ in traced values alone (learning rate, weight decay, beta, number of
+layers, rescaling, moment correction, residual decay) train in one compiled program; others form
+a program each.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """The models, objectives and optimizers that a `Config` names: one entry a backbone."""
 
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from sevo_jax import (
     sevo_sgd,
 )
 from sevo_jax.layouts import Adjacency
+from sevo_jax.smoothing import coefficients
 from sevo_jax.tables import table_mask
 
 TABLE = "item_embedding"
@@ -188,6 +189,7 @@ SWEPT = (
     "learning_rate",
     "weight_decay",
     "beta",
+    "num_layers",
     "rescale",
     "correct_moments",
     "residual_decay",
@@ -195,32 +197,51 @@ SWEPT = (
 
 
 def fixed(config: Config) -> dict[str, Any]:
-    """What all runs of one compiled program share: settings, and whether a residual is kept."""
+    """What all runs of one compiled program share, of the settings of `SWEPT` too."""
     settings = {name: value for name, value in asdict(config).items() if name not in SWEPT}
-    return settings | {"has a residual": config.residual_decay > 0}
+    settings["has a residual"] = config.residual_decay > 0
+    # The exact inverse and a schedule of beta have no coefficients, and all runs start alike.
+    if config.method == "exact" or config.placement == "switch" or config.smooth_start:
+        settings["number of layers"] = config.num_layers
+    return settings
 
 
 def make_optimizer(
-    config: Config, graph: Any, swept: Collection[str] = (), steps_per_epoch: int = 1
+    config: Config,
+    graph: Any,
+    swept: Mapping[str, Sequence[float]] | None = None,
+    steps_per_epoch: int = 1,
 ) -> optax.GradientTransformation:
     """The optimizer that `config` names, with `graph` to smooth the item table over.
 
     Args:
       config: settings.
       graph: a prepared adjacency, or `None` for a plain optimizer.
-      swept: names of `SWEPT` that become entries of the state's `hyperparams`, as
-        `optax.inject_hyperparams` makes them, so that each run can have its own value.
+      swept: by name of `SWEPT`, the values of all runs. These settings become entries of the
+        state's `hyperparams`, as `optax.inject_hyperparams` makes them, so that each run can
+        have its own.
       steps_per_epoch: tells the placement `"switch"` and the schedule when to.
     """
+    swept = swept or {}
     if unknown := set(swept) - set(SWEPT):
         raise ValueError(f"`swept` may name {SWEPT}, got {sorted(unknown)}.")
     if not swept:
         values = {name: getattr(config, name) for name in SWEPT}
         return _optimizer(config, graph, steps_per_epoch, **values)
+    if "num_layers" in swept:  # the polynomial of every run is as long as the longest
+        config = replace(config, num_layers=max(swept["num_layers"]))
 
-    def build(learning_rate, weight_decay, beta, rescale, correct_moments, residual_decay):
-        traced = learning_rate, weight_decay, beta, rescale, correct_moments, residual_decay
-        return _optimizer(config, graph, steps_per_epoch, *traced)
+    def build(
+        learning_rate,
+        weight_decay,
+        beta,
+        num_layers,
+        rescale,
+        correct_moments,
+        residual_decay,
+    ):
+        traced = learning_rate, weight_decay, beta, num_layers, rescale, correct_moments
+        return _optimizer(config, graph, steps_per_epoch, *traced, residual_decay)
 
     injected = optax.inject_hyperparams(
         build, static_args=set(SWEPT) - set(swept), hyperparam_dtype=jnp.float32
@@ -242,6 +263,7 @@ def _steps(
     learning_rate: Any,
     weight_decay: Any,
     beta: Any,
+    num_layers: Any,
     rescale: Any,
     correct_moments: Any,
     residual_decay: Any,
@@ -264,6 +286,9 @@ def _steps(
         "every": config.smooth_every,
         "residual_decay": residual_decay if config.residual_decay else None,
     }
+    if isinstance(num_layers, jax.Array):
+        rows = coefficients(psi["beta"], num_layers, config.method, rescale, config.num_layers)
+        psi["coefficients"] = jnp.stack(rows)
     plain = {
         "adamw": lambda: optax.adamw(rate, weight_decay=decay, **adam),
         "adam": lambda: optax.chain(optax.add_decayed_weights(decay), optax.adam(rate, **adam)),

@@ -144,9 +144,9 @@ def trained(
       The epoch, and the rows of the items `[len(betas), len(seeds), num_items, dim]`; of
       STOSA's two tables, the means.
     """
-    trainer = make_trainer(config, split, swept=("beta",))
-    strengths = [beta for beta in betas for _ in seeds]
-    state = start(trainer, [*seeds] * len(betas), {"beta": strengths})
+    swept = {"beta": [beta for beta in betas for _ in seeds]}
+    trainer = make_trainer(config, split, swept)
+    state = start(trainer, [*seeds] * len(betas), swept)
     name = BACKBONES[config.model].vectors
 
     for epoch in range(config.epochs + 1):

@@ -61,7 +61,7 @@ class Result:
 def make_trainer(
     config: Config,
     split: Split,
-    swept: Sequence[str] = (),
+    swept: Mapping[str, Sequence[float]] | None = None,
     optimizer: Callable[[Any], optax.GradientTransformation] | None = None,
     graph: Any = None,
     mesh: Mesh | None = None,
@@ -72,7 +72,7 @@ def make_trainer(
     Args:
       config: settings.
       split: data.
-      swept: settings that each run has its own values of, see `make_optimizer`.
+      swept: settings that each run has its own values of, and these, see `make_optimizer`.
       optimizer: makes the optimizer from the adjacency, in place of the one in `config`.
       graph: to smooth over, in place of that of the split.
       teacher: a trained module, where `config` has one to learn from.
@@ -147,7 +147,7 @@ def start(
     """The state of R runs before training.
 
     Args:
-      trainer: from `make_trainer`, made for the names of `swept`.
+      trainer: from `make_trainer`, made for this `swept`.
       seeds: of each run `[R]`.
       swept: by name, the value that each run has of a setting `[R]`.
     """
@@ -238,24 +238,21 @@ def fit_sweep(
             raise TypeError(f"`config` must be of type Config, got {type(one).__name__}.")
     seeds = check_seeds(seeds)
     folder = Path(folder)
-    config, *others = configs.values()
-    swept = [
-        name
-        for name in SWEPT
-        if any(getattr(other, name) != getattr(config, name) for other in others)
-    ]
+    config = next(iter(configs.values()))
     for name, other in configs.items():
         if fixed(other) != fixed(config):
             raise ValueError(
-                f"`configs` may differ in {SWEPT} alone, and all or none of them may have a "
-                f"`residual_decay`, but {name!r} does not."
+                f"`configs` may differ in {SWEPT} alone, all or none of them may have a "
+                "`residual_decay`, and `num_layers` is the same for the exact inverse, the "
+                f"placement 'switch' and a `smooth_start`, but {name!r} does not fit."
             )
+    runs = [(label, seed) for label in configs for seed in seeds]
+    values = {name: [getattr(configs[label], name) for label, _ in runs] for name in SWEPT}
+    swept = {name: column for name, column in values.items() if len(set(column)) > 1}
     split = split.with_train_users(config.train_users)  # what the records shall count
     trainer = make_trainer(config, split, swept, mesh=mesh, teacher=teacher)
     ranker = _Ranker(trainer, split, config.max_length)
-    runs = [(label, seed) for label in configs for seed in seeds]
-    values = {name: [getattr(configs[label], name) for label, _ in runs] for name in swept}
-    state = start(trainer, [seed for _, seed in runs], values)
+    state = start(trainer, [seed for _, seed in runs], swept)
     # Only now: what cannot be trained or ranked must not leave a folder behind.
     data = {"name": split.dataset.name, "source": source}
     data |= {"options": data_options} if data_options else {}

@@ -29,6 +29,7 @@ def sevo_adamw(
     num_layers: int = 3,
     method: Method = "neumann",
     rescale: bool | jax.Array = True,
+    coefficients: jax.typing.ArrayLike | None = None,
     isolated: Isolated = "scale",
     every: int | None = None,
     residual_decay: jax.typing.ArrayLike | None = None,
@@ -60,6 +61,7 @@ def sevo_adamw(
       num_layers: the paper's L.
       method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients of the smoothing sum to one.
+      coefficients: the polynomial's own, in place of those settings', see :func:`smooth`.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
       every: smooth in every so many steps only, see :func:`sevo`; None for each.
       residual_decay: see :func:`sevo` and :func:`eval_params`; None for the paper's.
@@ -126,6 +128,7 @@ def sevo_adamw(
         num_layers=num_layers,
         method=method,
         rescale=rescale,
+        coefficients=coefficients,
         isolated=isolated,
         every=every,
         residual_decay=residual_decay,
@@ -143,6 +146,7 @@ def sevo_adam(
     num_layers: int = 3,
     method: Method = "neumann",
     rescale: bool | jax.Array = True,
+    coefficients: jax.typing.ArrayLike | None = None,
     isolated: Isolated = "scale",
     every: int | None = None,
     residual_decay: jax.typing.ArrayLike | None = None,
@@ -173,6 +177,7 @@ def sevo_adam(
       num_layers: the paper's L.
       method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients of the smoothing sum to one.
+      coefficients: the polynomial's own, in place of those settings', see :func:`smooth`.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
       every: smooth in every so many steps only, see :func:`sevo`; None for each.
       residual_decay: see :func:`sevo` and :func:`eval_params`; None for the paper's.
@@ -223,6 +228,7 @@ def sevo_adam(
         num_layers=num_layers,
         method=method,
         rescale=rescale,
+        coefficients=coefficients,
         isolated=isolated,
         every=every,
         residual_decay=residual_decay,
@@ -238,6 +244,7 @@ def sevo_sgd(
     num_layers: int = 3,
     method: Method = "neumann",
     rescale: bool | jax.Array = True,
+    coefficients: jax.typing.ArrayLike | None = None,
     isolated: Isolated = "scale",
     every: int | None = None,
     residual_decay: jax.typing.ArrayLike | None = None,
@@ -264,6 +271,7 @@ def sevo_sgd(
       num_layers: the paper's L.
       method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients of the smoothing sum to one.
+      coefficients: the polynomial's own, in place of those settings', see :func:`smooth`.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
       every: smooth in every so many steps only, see :func:`sevo`; None for each.
       residual_decay: see :func:`sevo` and :func:`eval_params`; None for the paper's.
@@ -311,6 +319,7 @@ def sevo_sgd(
         num_layers=num_layers,
         method=method,
         rescale=rescale,
+        coefficients=coefficients,
         isolated=isolated,
         every=every,
         residual_decay=residual_decay,

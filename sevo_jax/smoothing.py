@@ -24,6 +24,7 @@ def smooth(
     num_layers: int = 3,
     method: Method = "neumann",
     rescale: bool | jax.Array = True,
+    coefficients: jax.typing.ArrayLike | None = None,
     isolated: Isolated = "scale",
 ) -> jax.Array:
     r"""Smooth a table along the edges of a graph.
@@ -53,6 +54,11 @@ def smooth(
         bfloat16 up to 1e-2.
       rescale: make the Neumann coefficients sum to one. Without it they sum to
         :math:`1-\beta^{L+1}`. Those of the other methods always sum to one. May be traced.
+      coefficients: :math:`c_0` to :math:`c_L` of :math:`\sum_l c_l \tilde A^l X`, `[L + 1]`, or
+        `[L + 1, d]` with some for each column; in place of what the settings above make, which
+        then have no effect. May be traced, and not be given for the exact method. Zeros at the
+        end change nothing: so several L can share one compiled program, see
+        `sevo_jax.smoothing.coefficients`.
       isolated: what becomes of rows without an edge: `"scale"` multiplies them by the first
         coefficient (0.254 by default) as the official code does, `"identity"` keeps them.
 
@@ -76,7 +82,7 @@ def smooth(
     """
     if callable(beta):
         raise TypeError(f"`smooth` takes `beta` as a number or an array, but got {beta!r}.")
-    check_smoothing("smooth", beta, num_layers, method, isolated, rescale)
+    check_smoothing("smooth", beta, num_layers, method, isolated, rescale, coefficients)
     adjacency = jax.lax.stop_gradient(normalized_adjacency(adjacency))
     x = _table("smooth", x)
     wide = _widen("smooth", adjacency, x)
@@ -84,6 +90,11 @@ def smooth(
         raise ValueError(
             f"`smooth` takes `beta` as a scalar or of shape [d={x.shape[1]}], but got "
             f"{jnp.shape(beta)}."
+        )
+    if coefficients is not None and jnp.shape(coefficients)[1:] not in ((), x.shape[1:]):
+        raise ValueError(
+            f"`smooth` takes `coefficients` of shape [L + 1] or [L + 1, d={x.shape[1]}], but "
+            f"got {jnp.shape(coefficients)}."
         )
     kind = jnp.result_type(beta)
     if kind.itemsize < 4 and jnp.issubdtype(kind, jnp.floating):
@@ -98,8 +109,8 @@ def smooth(
         if isinstance(beta, Tracer):
             y = jnp.where(strength < 1, y, jnp.nan)  # where there is no inverse, _solve gives 0
     else:
-        coefs = coefficients(beta, num_layers, method, rescale)
-        stacked = jnp.stack([jnp.asarray(c, wide.dtype).reshape(1, -1) for c in coefs])
+        rows = _rows(coefficients, beta, num_layers, method, rescale)
+        stacked = jnp.stack([jnp.asarray(row, wide.dtype).reshape(1, -1) for row in rows])
         y = adjacency.polynomial(stacked, wide)
     y = y.astype(x.dtype)
     if isolated == "identity":
@@ -140,13 +151,30 @@ def _chebyshev(adjacency: Adjacency, start: jax.Array, beta: jax.Array) -> jax.A
     return jax.lax.fori_loop(1, num_steps, step, carry)[0]
 
 
+def _rows(given: Any, *settings: Any) -> Any:
+    """The coefficients, `smooth`'s argument of that name or those of its other settings."""
+    return coefficients(*settings) if given is None else given
+
+
 def coefficients(
-    beta: Any, num_layers: int, method: Method, rescale: bool | jax.Array
+    beta: Any,
+    num_layers: Any,
+    method: Method,
+    rescale: bool | jax.Array,
+    most_layers: int | None = None,
 ) -> list[Any]:
-    """c_0 .. c_L of psi = sum_l c_l A~^l, of the type and shape of `beta`."""
-    powers = [beta**l for l in range(num_layers + 1)]
-    if method == "iterative":
-        return [*((1 - beta) * power for power in powers[:-1]), powers[-1]]
+    """c_0 .. c_L of psi = sum_l c_l A~^l, of the type and shape of `beta`.
+
+    With `most_layers`, `num_layers` may be traced: there are as many as `most_layers` takes,
+    and those beyond `num_layers` are 0, so that what `jnp.stack` makes of them, given to
+    `smooth`, is one program for every L.
+    """
+    most = num_layers if most_layers is None else most_layers
+    powers = [beta**l for l in range(most + 1)]
+    if most_layers is not None:
+        powers = [jnp.where(l <= num_layers, power, 0) for l, power in enumerate(powers)]
+    if method == "iterative":  # (1 - beta) beta^l for l < L, then beta^L
+        return [power - after for power, after in zip(powers, [*powers[1:], 0], strict=True)]
     # Equal to (1 - beta) / (1 - beta^(L+1)), and exact where that is 0 / 0.
     if isinstance(rescale, jax.Array):
         scale = jnp.where(rescale, 1 / sum(powers), 1 - beta)
@@ -217,9 +245,15 @@ def _widen(function: str, adjacency: Adjacency, x: jax.Array) -> jax.Array:
 
 
 def check_smoothing(
-    function: str, beta: Any, num_layers: int, method: str, isolated: str, rescale: Any
+    function: str,
+    beta: Any,
+    num_layers: int,
+    method: str,
+    isolated: str,
+    rescale: Any,
+    coefficients: Any,
 ) -> None:
-    """Refuse what is wrong before tracing; a traced `beta` cannot be looked at."""
+    """Refuse what is wrong before tracing; a traced value cannot be looked at."""
     if not is_integer(num_layers) or num_layers < 0:
         raise ValueError(
             f"`{function}`: `num_layers` must be a Python integer of at least 0, got "
@@ -236,6 +270,27 @@ def check_smoothing(
         )
     if not callable(beta):
         check_share(function, "beta", beta, "a number, an array or a schedule")
+    if coefficients is not None:
+        _check_coefficients(function, coefficients)
+        if method == "exact" or callable(beta):
+            raise ValueError(
+                f"`{function}` takes `coefficients` in place of what `beta` and `method` make, "
+                "so neither a schedule for `beta` nor the method 'exact' goes with them."
+            )
+
+
+def _check_coefficients(function: str, coefficients: Any) -> None:
+    _check_number(function, "coefficients", coefficients, "an array")
+    shape = jnp.shape(coefficients)
+    if len(shape) not in (1, 2) or shape[0] == 0:
+        raise ValueError(
+            f"`{function}` takes `coefficients` of shape [L + 1] or [L + 1, d], but got "
+            f"{shape}."
+        )
+    if isinstance(coefficients, Tracer):
+        return
+    if not np.isfinite(np.asarray(coefficients)).all():
+        raise ValueError(f"`{function}`: `coefficients` must be finite, got {coefficients}.")
 
 
 def check_decays(function: str, **decays: Any) -> None:

@@ -23,6 +23,7 @@ def sevo(
     num_layers: int = 3,
     method: Method = "neumann",
     rescale: bool | jax.Array = True,
+    coefficients: jax.typing.ArrayLike | None = None,
     isolated: Isolated = "scale",
     every: int | None = None,
     residual_decay: jax.typing.ArrayLike | None = None,
@@ -55,6 +56,7 @@ def sevo(
       num_layers: the paper's L.
       method: `"neumann"`, `"iterative"` or `"exact"`, see :func:`smooth`.
       rescale: make the coefficients sum to one.
+      coefficients: the polynomial's own, in place of those settings', see :func:`smooth`.
       isolated: `"scale"` or `"identity"`, see :func:`smooth`.
       every: smooth in every so many steps only, see the note below; None for each step.
       residual_decay: let gradients see for a while what psi has taken from the updates, see
@@ -113,7 +115,7 @@ def sevo(
     References:
       Xu et al, `SEvo <https://arxiv.org/abs/2310.03032>`_, NeurIPS 2024
     """
-    check_smoothing("sevo", beta, num_layers, method, isolated, rescale)
+    check_smoothing("sevo", beta, num_layers, method, isolated, rescale, coefficients)
     # Not 1 by default: `inject_hyperparams` would make a traced number of that.
     every = 1 if every is None else every
     if not is_integer(every) or not 1 <= every < 2**31:
@@ -167,6 +169,7 @@ def sevo(
                 num_layers=num_layers,
                 method=method,
                 rescale=rescale,
+                coefficients=coefficients,
                 isolated=isolated,
             )
             parts = jnp.split(smoothed, np.cumsum([len(x) for x in tables[:-1]]))

@@ -21,11 +21,13 @@ EXAMPLES = re.findall(
 
 
 def test_there_is_an_example_for_every_style():
-    assert ["nnx." in e for e in EXAMPLES] == [True, False, False, False, False]
-    assert ["linen" in e for e in EXAMPLES] == [False, True, False, False, False]
+    assert ["nnx." in e for e in EXAMPLES] == [True, False, False, False, False, False]
+    assert ["linen" in e for e in EXAMPLES] == [False, True, False, False, False, False]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["nnx", "linen", "plain", "start", "devices"])
+@pytest.mark.parametrize(
+    "example", EXAMPLES, ids=["nnx", "linen", "plain", "start", "layers", "devices"]
+)
 def test_example_runs(example, capsys):
     exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
     value = float(capsys.readouterr().out.split()[0])

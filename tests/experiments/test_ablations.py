@@ -40,9 +40,14 @@ def arms():
     usual = replace(TINY, residual_decay=0.5)
     return {
         "usual": usual,
-        "beta": replace(usual, beta=0.5, learning_rate=0.01),
+        "beta": replace(usual, beta=0.5, learning_rate=0.01, num_layers=1),
         "plain": replace(
-            usual, correct_moments=False, rescale=False, weight_decay=0.0, residual_decay=0.9
+            usual,
+            correct_moments=False,
+            rescale=False,
+            weight_decay=0.0,
+            residual_decay=0.9,
+            num_layers=5,
         ),
     }
 
@@ -110,12 +115,16 @@ def test_a_sweep_never_goes_on_from_other_settings(split, arms, sweep):
 
 
 def test_a_sweep_varies_traced_settings_alone(split, arms, tmp_path):
-    with pytest.raises(ValueError, match="'wide' does not"):
+    with pytest.raises(ValueError, match="'wide' does not fit"):
         fit_sweep({"paper": TINY, "wide": replace(TINY, dim=8)}, split, [0], tmp_path)
-    with pytest.raises(ValueError, match="all or none .* 'paper' does not"):
+    with pytest.raises(ValueError, match="all or none .* 'paper' does not fit"):
         fit_sweep(arms | {"paper": TINY}, split, [0], tmp_path)
+    for alike in ({"smooth_start": 0.9}, {"method": "exact"}, {"placement": "switch"}):
+        one = replace(TINY, **alike)
+        with pytest.raises(ValueError, match="`num_layers` is the same .* 'other' does not"):
+            fit_sweep({"": one, "other": replace(one, num_layers=1)}, split, [0], tmp_path)
     with pytest.raises(ValueError, match="swept"):
-        make_optimizer(TINY, None, ["dim"])
+        make_optimizer(TINY, None, {"dim": [8]})
 
 
 def test_few_users_train_as_many_steps(split, tmp_path):
@@ -153,6 +162,8 @@ def test_ablations_are_valid_and_share_programs(name):
         assert len(groups) == 1
     if name == "approximation":
         assert len(groups) == 2  # one for each method, over all beta
+    if name == "layers":
+        assert [list(group) for group in groups] == [[f"L={n}" for n in range(6)], ["exact"]]
     if name == "residual":
         assert len(groups) == 3  # without SEvo, without a residual, and over all decays
 
@@ -223,6 +234,47 @@ def test_genres(split, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the items of 'synthetic' have no attributes"):
         ablate(Ablate(name="genres", out=tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "iterative"},
+        {"beta_ramp": True, "rescale": False},
+        {"placement": "both", "isolated": "identity"},
+        {"placement": "gradient"},
+        {"smooth_every": 2},
+        {"optimizer": "sevo_adam", "residual_decay": 0.5},
+        {"optimizer": "sevo_sgd"},
+    ],
+)
+def test_sweeping_the_number_of_layers(settings):
+    """One program for all, in which psi of each run is that of its own number."""
+    graph = item_graph([[0, 1, 2, 3]], 5)
+    config = replace(TINY, dim=2, beta=0.9, **settings)
+    layers = {"num_layers": [0, 3, 1]}
+    swept: Any = make_optimizer(config, graph, layers)
+    tree = {"item_embedding": jnp.ones((5, 2))}
+    gradients = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 2)), jnp.float32)
+
+    def steps(solver, state):
+        moves = []
+        for gradient in gradients:
+            updates, state = solver.update({"item_embedding": gradient}, state, tree)
+            moves.append(updates["item_embedding"])
+        return jnp.stack(moves)
+
+    @jax.jit
+    @jax.vmap
+    def sweep(hyperparams):
+        return steps(swept, swept.init(tree)._replace(hyperparams=hyperparams))
+
+    together: Any = sweep({"num_layers": jnp.array(layers["num_layers"], float)})
+    for num, found in zip(layers["num_layers"], together, strict=True):
+        solver = make_optimizer(replace(config, num_layers=num), graph)
+        expected = jax.jit(partial(steps, solver))(solver.init(tree))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
+    assert np.abs(together[0] - together[1]).max() > 1e-4
 
 
 def test_switching_placement():

@@ -72,7 +72,7 @@ def test_the_cosine_ends_at_zero(optimizer):
         for name in ("constant", "cosine")
     )
     swept = make_optimizer(
-        replace(config, schedule="cosine"), graph, ["learning_rate"], steps_per_epoch=2
+        replace(config, schedule="cosine"), graph, {"learning_rate": [1e-3]}, steps_per_epoch=2
     )
     params = {"item_embedding": jnp.ones((4, 2))}
     states = [one.init(params) for one in (constant, cosine, swept)]

@@ -17,6 +17,7 @@ import sevo_jax
 from sevo_jax import layouts, native, padded
 from sevo_jax.adjacency import LAYOUTS
 from sevo_jax.compile import compile_library, find_compiler
+from sevo_jax.smoothing import coefficients
 from tests.helpers import dense, random_graph, reference_normalized
 from tests.processes import output, start
 
@@ -48,11 +49,16 @@ def quick_compilation(request, monkeypatch):
 BETAS = {"scalar": 0.7, "per column": np.array([0.0, 0.5, 0.99])}
 
 
-def _expected(graph: Any, x: np.ndarray, beta: Any, num_layers: int = 3) -> np.ndarray:
+def _expected(graph: Any, x: Any, beta: Any, num_layers: int = 3) -> np.ndarray:
     """psi from powers of the dense matrix."""
+    total = _polynomial(graph, x, [beta**l for l in range(num_layers + 1)])
+    return total * (1 - beta) / (1 - beta ** (num_layers + 1))
+
+
+def _polynomial(graph: Any, x: Any, coefficients: Any) -> Any:
     matrix = reference_normalized(dense(graph))
-    powers = [np.linalg.matrix_power(matrix, l) @ x * beta**l for l in range(num_layers + 1)]
-    return sum(powers) * (1 - beta) / (1 - beta ** (num_layers + 1))
+    powers = (np.linalg.matrix_power(matrix, l) for l in range(len(coefficients)))
+    return sum(power @ x * c for power, c in zip(powers, coefficients, strict=True))
 
 
 def _table(*shape: int, seed: int = 0) -> np.ndarray:
@@ -108,6 +114,33 @@ def test_vmapped_tables(layout, d):
         np.testing.assert_allclose(tables[s], _expected(graph, xs[s], 0.9), atol=3e-6)
         np.testing.assert_allclose(ablation[s], _expected(graph, xs[0], betas[s]), atol=3e-6)
         np.testing.assert_allclose(both[s], _expected(graph, xs[s], betas[s]), atol=3e-6)
+
+
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
+def test_coefficients_in_place_of_settings(layout):
+    """Of any number, for all columns or each, and traced: several L are one program."""
+    graph, x = random_graph(), jnp.asarray(_table(20, 3), jnp.float32)
+    adjacency = sevo_jax.normalized_adjacency(graph, layout=layout)
+
+    @jax.jit
+    def smooth(coefficients, x=x):
+        return sevo_jax.smooth(adjacency, x, coefficients=coefficients)
+
+    own = _table(4, 3, seed=1).astype(np.float32)
+    for some in (own, own[:, 0], own[:1], own[:2, 1]):
+        np.testing.assert_allclose(smooth(some), _polynomial(graph, x, some), atol=5e-6)
+
+    @jax.jit
+    @jax.vmap
+    def sweep(num_layers, beta):
+        return smooth(jnp.stack(coefficients(beta, num_layers, "neumann", True, 3)))
+
+    betas = np.array([0.5, 0.99, 0.9, 0.9], np.float32)
+    for num_layers, table in enumerate(sweep(jnp.arange(4), betas)):
+        expected = _expected(graph, x, betas[num_layers], num_layers)
+        np.testing.assert_allclose(table, expected, atol=3e-6)
+    slope = jax.grad(lambda x: jnp.vdot(smooth(own[:, 0], x), x))(x)
+    np.testing.assert_allclose(slope, 2 * _polynomial(graph, x, own[:, 0]), atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", EVERY_LAYOUT)

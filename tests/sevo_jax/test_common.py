@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import sevo_jax
+from sevo_jax.smoothing import coefficients
 from tests.helpers import PLACEMENTS, random_graph
 
 GRAPH = random_graph()
@@ -219,6 +220,9 @@ def test_inject_hyperparams(name):
     injected, state = _train(inject(learning_rate=rate, **kwargs), _params(), grads)
     expected, inner = _train(factory(learning_rate=rate, **kwargs), _params(), grads)
     _assert_close(injected, expected)
+    rows = jnp.stack(coefficients(0.9, 3, "neumann", True))
+    own = inject(rate, ADJACENCY, tables="item", coefficients=rows)
+    _assert_close(_train(own, _params(), grads)[0], expected)
     assert {"learning_rate", "beta", "weight_decay"} <= set(state.hyperparams)
     raw = inject(learning_rate=0.1, graph=GRAPH)  # prepared under the trace
     jax.jit(raw.update)(_params(), jax.jit(raw.init)(_params()), _params())
@@ -241,18 +245,25 @@ def test_a_constant_schedule_equals_the_constant(name):
 
 @each_alias
 def test_an_ablation_is_a_vmap(name):
-    """beta, learning rate and weight decay as traced values: one program for all."""
+    """beta, L and the learning rate as traced values: one program for all."""
     grads = _grads(3)
 
-    def train(beta, rate):
-        solver = ALIASES[name](rate, ADJACENCY, tables="item", beta=beta)
+    def train(rate, **kwargs):
+        solver = ALIASES[name](rate, ADJACENCY, tables="item", **kwargs)
         return _train(solver, _params(), grads)[0]["item"]
 
-    betas, rates = np.float32([0, 0.5, 0.99]), np.float32([0.1, 0.02, 0.03])
-    together = jax.jit(jax.vmap(train))(betas, rates)
-    alone = jax.jit(train)
-    for beta, rate, table in zip(betas, rates, together, strict=True):
-        np.testing.assert_allclose(table, alone(beta, rate), atol=2e-5)
+    @jax.jit
+    @jax.vmap
+    def sweep(rate, beta, num_layers):
+        rows = coefficients(beta, num_layers, "neumann", True, most_layers=4)
+        return train(rate, coefficients=jnp.stack(rows))
+
+    rates, betas = np.float32([0.1, 0.02, 0.03]), np.float32([0, 0.5, 0.99])
+    layers = 3, 1, 4
+    together = sweep(rates, betas, jnp.array(layers))
+    for rate, beta, num_layers, table in zip(rates, betas, layers, together, strict=True):
+        alone = train(rate, beta=beta, num_layers=num_layers)
+        np.testing.assert_allclose(table, alone, atol=2e-5)
 
 
 @each_alias

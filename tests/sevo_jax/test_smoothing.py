@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sevo_jax
+from sevo_jax.smoothing import coefficients
 from tests.helpers import dense, random_graph, reference_normalized, reference_smooth
 
 BETA = st.floats(0, 0.99)
@@ -35,6 +36,11 @@ def test_equals_the_loops_of_the_official_code(seed, beta, num_layers, method, r
         reference_normalized(dense(graph)), np.eye(20), beta, num_layers, method, rescale
     )
     psi = _matrix(graph, beta, num_layers, method=method, rescale=rescale)
+    np.testing.assert_allclose(psi, expected, atol=1e-12)
+    with jax.enable_x64(True):
+        rows = coefficients(beta, jnp.array(num_layers), method, jnp.array(rescale), 6)
+        assert not any(rows[num_layers + 1 :])
+        psi = _matrix(graph, 0.5, coefficients=jnp.stack(rows))  # and not that of beta 0.5
     np.testing.assert_allclose(psi, expected, atol=1e-12)
 
 
@@ -197,6 +203,30 @@ def random_graph_adjacency():
         ),
         ({"rescale": "no"}, TypeError, "`rescale` as a bool or a scalar array, but got 'no'"),
         ({"rescale": jnp.array([True, False])}, TypeError, "`rescale` as a bool or a scalar"),
+        (
+            {"coefficients": [0.5, 0.5]},
+            TypeError,
+            r"`coefficients` as an array, .* \[0.5, 0.5\]",
+        ),
+        ({"coefficients": np.array([True])}, TypeError, "`coefficients` as an array"),
+        (
+            {"coefficients": 0.5},
+            ValueError,
+            r"`coefficients` of shape \[L \+ 1\] or .* got \(\)",
+        ),
+        ({"coefficients": np.ones(0)}, ValueError, r"`coefficients` of shape .* got \(0,\)"),
+        (
+            {"coefficients": np.ones((4, 1, 2))},
+            ValueError,
+            r"`coefficients` .* got \(4, 1, 2\)",
+        ),
+        ({"coefficients": np.ones((4, 3))}, ValueError, r"1, d=2\], but got \(4, 3\)"),
+        ({"coefficients": np.array([1, np.nan])}, ValueError, "`coefficients` must be finite"),
+        (
+            {"coefficients": np.ones(2), "method": "exact"},
+            ValueError,
+            "`coefficients` in place of .* nor the method 'exact'",
+        ),
         ({"isolated": "drop"}, ValueError, "unknown `isolated` 'drop', valid are"),
         ({"x": jnp.ones((19, 2))}, ValueError, r"\[num_nodes=20, d\], but got \(19, 2\)"),
         ({"x": jnp.ones(20)}, ValueError, r"but got \(20,\)"),

@@ -575,6 +575,7 @@ def test_gradients_may_be_none(kwargs):
         {"num_layers": 1},
         {"method": "iterative"},
         {"rescale": False},
+        {"coefficients": np.array([0.5, 0.25])},
         {"isolated": "identity"},
     ],
 )
@@ -709,6 +710,11 @@ class TestNaN:
         ({"beta": 1.0}, r"`sevo`: `beta` must lie in \[0, 1\), got 1.0"),
         ({"num_layers": -2}, "`sevo`: `num_layers` .* got -2"),
         ({"method": "mean"}, "`sevo`: unknown `method` 'mean', valid are"),
+        ({"coefficients": np.array([np.inf])}, "`sevo`: `coefficients` must be finite"),
+        (
+            {"coefficients": np.ones(2), "beta": lambda count: 0.5},
+            "`sevo` .* neither a schedule",
+        ),
         ({"isolated": "drop"}, "`sevo`: unknown `isolated` 'drop'"),
         ({"every": 0}, "`sevo`: `every` must be a positive Python integer .* got 0"),
         ({"every": 2.0}, "`sevo`: `every` must be a positive .* got 2.0"),
