@@ -210,6 +210,7 @@ the whole graph and all training data.
   full bandwidth. It is a bound for a step, no forecast: psi also reads a row for each edge and
   layer. [RESULTS.md](RESULTS.md) has the milliseconds that a packed step took on an H200, and
   the share of its bandwidth that psi reached.
+- The last column is the compiler's time on the machine named above, whatever else ran there.
 """
 
 
