@@ -43,6 +43,7 @@ class Use(NamedTuple):
     """What one device needs for training, in bytes, by the compiler's account."""
 
     arguments: float
+    data: float  # those of the arguments of which a step reads little
     outputs: float
     reused: float  # outputs that take the place of donated arguments
     temporary: float
@@ -85,7 +86,12 @@ def compile_step(name: str, size: Size) -> Step:
     seconds = time.perf_counter() - began
     parts = ("argument", "output", "alias", "temp", "generated_code")
     memory = compiled.memory_analysis()
-    use = Use(*(getattr(memory, f"{part}_size_in_bytes") for part in parts))
+    arguments, *others = (getattr(memory, f"{part}_size_in_bytes") for part in parts)
+    data = sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(lowered.args_info[0][2])
+    )
+    use = Use(arguments, data, *others)
     flops = (compiled.cost_analysis() or {}).get("flops")
     try:
         moved = collectives(compiled.as_text() or "")
@@ -162,7 +168,8 @@ def row(step: Step) -> list[str]:
             for kind, (number, size) in sorted(step.collectives.items())
         )
     flops = "" if step.flops is None else f"{step.flops / 1e9:.3g}"
-    least = f"{(use.arguments + use.outputs) / device.bandwidth / 1e6:.3g}"
+    moved_at_least = use.arguments - use.data + use.outputs
+    least = f"{moved_at_least / device.bandwidth / 1e6:.3g}"
     memory = [f"{part / 1e9:.3f}" for part in memory]
     return [*cells, *memory, fits, flops, moved or "none", least, end]
 
@@ -202,14 +209,15 @@ the whole graph and all training data.
   the runtime takes a little for itself. Training also keeps the best parameters so far, a
   third of the parameters and moments.
 - {SOURCES}
-- GFLOPs are those of a step on one device, by the compiler's account; that for CUDA gives none.
+- GFLOPs are of one device, by the compiler's account, which takes the body of a loop once: a
+  step, and what shuffles the users of an epoch. That for CUDA gives none.
 - Collectives of one step: number, and bytes of the results on each device. psi has the
   all-to-alls; the rest are the look-up of the batch's rows, its gradient, and the gradients of
   the other parameters, as the partitioner arranges them.
-- "ms at least" is the time to read all arguments and write all outputs once at the memory's
-  full bandwidth. It is a bound for a step, no forecast: psi also reads a row for each edge and
-  layer. [RESULTS.md](RESULTS.md) has the milliseconds that a packed step took on an H200, and
-  the share of its bandwidth that psi reached.
+- "ms at least" is the time to read all arguments but the training data and write all outputs
+  once at the memory's full bandwidth. It is a bound for a step, no forecast: psi also reads a
+  row for each edge and layer. [RESULTS.md](RESULTS.md) has the milliseconds that a packed step
+  took on an H200, and the share of its bandwidth that psi reached.
 - The last column is the compiler's time on the machine named above, whatever else ran there.
 """
 

@@ -1,7 +1,7 @@
 """The command line, `python -m benchmarks NAME`.
 
 `all` runs every benchmark, each size in a process of its own, and writes the page; `page` only
-writes it; `aot` compiles the training step for devices that are not there.
+writes it; `aot` compiles the training loop for devices that are not there.
 """
 
 import subprocess
@@ -34,7 +34,7 @@ FULL_SIZE = {"build": {"100M": 1}}  # with `--full`
 class Options:
     """Benchmarks against public tools; each keeps its records, of which the page is made.
 
-    `python -m benchmarks aot --help` tells of the training step compiled ahead of time.
+    `python -m benchmarks aot --help` tells of the training loop compiled ahead of time.
     """
 
     name: Positional[Name]

@@ -34,7 +34,8 @@ def lower_epoch(size: Size, mesh: Mesh, config: Config) -> jax.stages.Lowered:
     Args:
       size: what to train on, a window for each user.
       mesh: of devices on one axis, `experiments.mesh.AXIS`.
-      config: of a model that learns the next item.
+      config: of a model that learns the next item, without a recurrence: that of GRU4Rec is
+        written for the backend at hand.
     """
     config = dataclasses.replace(config, streams=mesh.size)
     check_mesh(config, mesh)
@@ -51,7 +52,7 @@ def lower_epoch(size: Size, mesh: Mesh, config: Config) -> jax.stages.Lowered:
         _data(size, mesh),
         config.batch_size,
     )
-    return trainer.lower_epoch(round_up(trainer.num_windows * config.max_length, 128))
+    return trainer.lower_epoch(round_up(trainer.windows_per_stream * config.max_length, 128))
 
 
 def _data(size: Size, mesh: Mesh) -> TrainData:

@@ -1,4 +1,4 @@
-"""An update of the table alone: AdamW's, psi's, and SEvo-AdamW's, which does both."""
+"""An update of the table alone: AdamW's, psi's, SEvo-AdamW's, and that without psi's layers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,8 @@ def updates(size: str, data: Path | None, repeats: int) -> dict[str, Any]:
     rng, shape = np.random.default_rng(0), (graph.num_nodes, config.dim)
     values, splits = log.split.train
     items = values[: splits[config.batch_size]]
-    touched = np.unique([items, rng.integers(0, log.split.dataset.num_items, len(items))])
+    drawn = rng.integers(0, log.split.dataset.num_items, len(items))
+    touched = 1 + np.unique([items, drawn])  # row 0 is padding
     grads = np.zeros(shape, np.float32)
     grads[touched] = rng.normal(size=(len(touched), config.dim))
     table = jnp.asarray(rng.normal(0, 0.02, shape), jnp.float32)
@@ -56,6 +57,7 @@ def updates(size: str, data: Path | None, repeats: int) -> dict[str, Any]:
         "adamw": steps(optax.adamw(rate, weight_decay=decay)),
         "psi": scan(lambda x, graph: smooth(graph, x), table),
         "sevo_adamw": steps(sevo_adamw(rate, graph, weight_decay=decay)),
+        "sevo_adamw, L = 0": steps(sevo_adamw(rate, graph, num_layers=0, weight_decay=decay)),
     }
     taken = turns(functions, repeats)
     arms = {n: {k: s / number for k, s in times.items()} for n, times in taken.items()}

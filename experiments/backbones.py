@@ -28,7 +28,7 @@ from sevo_jax import (
     sevo_sgd,
 )
 from sevo_jax.layouts import Adjacency
-from sevo_jax.smoothing import coefficients
+from sevo_jax.smoothing import coefficients_of
 from sevo_jax.tables import table_mask
 
 TABLE = "item_embedding"
@@ -287,7 +287,9 @@ def _steps(
         "residual_decay": residual_decay if config.residual_decay else None,
     }
     if isinstance(num_layers, jax.Array):
-        rows = coefficients(psi["beta"], num_layers, config.method, rescale, config.num_layers)
+        rows = coefficients_of(
+            psi["beta"], num_layers, config.method, rescale, config.num_layers
+        )
         psi["coefficients"] = jnp.stack(rows)
     plain = {
         "adamw": lambda: optax.adamw(rate, weight_decay=decay, **adam),

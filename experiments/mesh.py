@@ -179,7 +179,7 @@ class MeshTrainer(Trainer):
       build: see `Trainer`.
       optimizer, objective, graph, data, batch_size, context, touched: see `Trainer`; the
         objective is one of `Streams` on that mesh, the graph from `split_graph`, and data lie
-        on all devices. Of all these and `context` shapes are enough for `lower_epoch`.
+        on all devices. For `lower_epoch` alone, shapes may stand for graph, data and context.
     """
 
     def __init__(

@@ -156,9 +156,12 @@ below say how they are made.</p>
 
 
 def _tuned(table: Table, command: str) -> str:
-    caption, none = f"The best of each arm, {METRIC}", "No arm has been tuned."
+    caption, none = (
+        f"The best of each arm, {METRIC}",
+        "No two arms can be compared, or none was tuned.",
+    )
     return f"""<section id="tuned"><h2>Tuned</h2>
-<p>{HOW_CHOSEN[:-1]}.</p>
+<p>{HOW_CHOSEN}.</p>
 {table_html(caption, table, [command], none)}
 </section>"""
 

@@ -72,7 +72,7 @@ def write_report(folders: Iterable[str | Path], page: str | Path) -> int:
     if (gains := gains_table(itertools.chain(*compared.values()))).rows:
         parts += [_HOW_COMPARED, _markdown(gains)]
     if (tuned := tuned_table(runs)).rows:
-        parts += [HOW_CHOSEN, _markdown(tuned)]
+        parts += [f"{HOW_CHOSEN}:", _markdown(tuned)]
     if presets:
         parts += ["All runs that are no ablation's:"]
         parts += [_markdown(tests_table(presets)), _markdown(curves_table(presets))]

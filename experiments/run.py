@@ -72,7 +72,7 @@ def make_trainer(
     Args:
       config: settings.
       split: data.
-      swept: settings that each run has its own values of, and these, see `make_optimizer`.
+      swept: by name, the values that the runs have of a setting, see `make_optimizer`.
       optimizer: makes the optimizer from the adjacency, in place of the one in `config`.
       graph: to smooth over, in place of that of the split.
       teacher: a trained module, where `config` has one to learn from.

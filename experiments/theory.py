@@ -25,7 +25,7 @@ from experiments.options import Ablate
 from experiments.study import Finding
 from sevo_jax import normalized_adjacency, smooth
 from sevo_jax.adjacency import Graph
-from sevo_jax.smoothing import coefficients
+from sevo_jax.smoothing import coefficients_of
 
 NEEDS_DATA = False
 BETAS = (0.1, 0.3, 0.49, 0.51, 0.7, 0.9, 0.99)
@@ -84,7 +84,7 @@ def smallest_eigenvalue(graph: Graph, beta: float, num_layers: int, method: str)
 
 def lower_bound(beta: float, num_layers: int, method: str) -> float:
     """The least value of psi's polynomial on [-1, 1], where all eigenvalues of A~ lie."""
-    powers = coefficients(beta, num_layers, method, True)  # type: ignore[arg-type]
+    powers = coefficients_of(beta, num_layers, method, True)  # type: ignore[arg-type]
     polynomial = np.polynomial.Polynomial(powers)
     turns = [r.real for r in polynomial.deriv().roots() if abs(r.imag) < 1e-9 and abs(r) <= 1]
     return float(min(polynomial(point) for point in (-1.0, 1.0, *turns)))

@@ -77,7 +77,7 @@ class Trainer:
         self.touched = touched
         order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))
         self.num_steps = order.shape[0]  # of an epoch
-        self.num_windows = order.shape[-1]  # of a stream
+        self.windows_per_stream = order.shape[-1]
         seeds = over_seeds()
         self.init = jax.jit(seeds(self._init))
         self._most_slots = jax.jit(
@@ -103,9 +103,9 @@ class Trainer:
     def usual_slots(self) -> int:
         """Slots that are enough for all but the longest of thousands of streams."""
         lengths = np.asarray(self.data.lengths)
-        spread = 4.5 * math.sqrt(self.num_windows) * lengths.std()
-        most = self.num_windows * int(lengths.max())
-        return min(int(self.num_windows * lengths.mean() + spread), most)
+        spread = 4.5 * math.sqrt(self.windows_per_stream) * lengths.std()
+        most = self.windows_per_stream * int(lengths.max())
+        return min(int(self.windows_per_stream * lengths.mean() + spread), most)
 
     def _init(self, key: jax.Array) -> TrainState:
         init_key, train_key = jax.random.split(key)
@@ -121,9 +121,9 @@ class Trainer:
         that was interrupted can be run again from what was saved.
         """
         order_keys, step_keys = _epoch_keys(state.key, number)
-        # Batches differ in length. All epochs share one compiled program; only one that needs
-        # more slots gets more.
-        # Only in such a rare epoch do a seed's draws depend on the seeds beside it.
+        # Batches differ in length. As there is room for nearly all, epochs share one compiled
+        # program; one that needs more slots gets more, and only in such a rare epoch do a
+        # seed's draws depend on the seeds beside it.
         slots = max(self.usual_slots, int(self._most_slots(order_keys, self.data).max()))
         num_slots = round_up(slots, 128)
         params, opt_state, losses = self._epoch_jit(

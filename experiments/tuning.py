@@ -20,16 +20,17 @@ from experiments.tables import (
 )
 
 HOW_CHOSEN = """The best settings of each arm, by the mean over seeds of the best validation
-NDCG@10, among all that were tried with that data, model, loss and optimizer, an ablation's arms
-too. Gains are over the seeds that both have. Fewer settings are a smaller budget, and settings
-of one seed are easily lucky:"""
+NDCG@10 that the records keep, among all that were tried with that data, model, loss and
+optimizer, an ablation's arms too. A smoothed start counts as SEvo. Runs with attributes, a
+teacher or a part of the users are left out. Gains are over the seeds that both have. Fewer
+settings are a smaller budget, and settings of one seed are easily lucky"""
 
 
 class Setting(NamedTuple):
     """What one configuration reached, by seed."""
 
     name: str
-    valid: dict[int, float]  # NDCG@10 at the best validation that the records keep
+    valid: dict[int, float]  # NDCG@10 at the best validation
     test: dict[int, float]
 
     @property
@@ -40,8 +41,7 @@ class Setting(NamedTuple):
 def tuned_table(found: Iterable[Records]) -> Table:
     """The best settings with and without SEvo beside each other, and out of how many.
 
-    Runs that know more than who took what count as none: those with attributes, a teacher, or
-    a part of the users.
+    Left out are runs with attributes, a teacher, or a part of the users.
 
     Args:
       found: of tested runs, arms of ablations among them.
@@ -51,26 +51,28 @@ def tuned_table(found: Iterable[Records]) -> Table:
       with several settings.
     """
     groups: dict[tuple[Place, str, str], tuple[dict, dict]] = defaultdict(lambda: ({}, {}))
-    for run in found:
+    # Of a seed that several runs have, the one with more seeds counts, as in other tables.
+    for run in sorted(found, key=lambda run: -sum(r["kind"] == "test" for r in run)):
         config = config_of(run)
         if config.graph == "attributes" or config.has_teacher or config.train_users < 1:
             continue
         place = place_of(run)._replace(ablation="")
-        arm = groups[place, config.loss, config.base][smooths(config)]
+        with_sevo = smooths(config) or config.smooth_start > 0
+        arm = groups[place, config.loss, config.base][with_sevo]
         _add(arm, replace(config, eval_every=1), run)
     rows = []
     names = data_names(place for place, _, _ in groups)
     for ((place, loss, base), arms), data in sorted(
         zip(groups.items(), names, strict=True), key=lambda pair: pair[0][0]
     ):
-        tried = [[setting for setting in arm.values() if setting.valid] for arm in arms]
-        if not all(tried) or max(map(len, tried)) == 1:
+        known = [[setting for setting in arm.values() if setting.valid] for arm in arms]
+        if not all(known) or max(map(len, arms)) == 1:
             continue
-        plain, sevo = (max(arm, key=lambda setting: setting.mean_valid) for arm in tried)
+        plain, sevo = (max(arm, key=lambda setting: setting.mean_valid) for arm in known)
         seeds = sorted(plain.test.keys() & sevo.test.keys())
         means = [sum(s.test[seed] for seed in seeds) for s in (sevo, plain)]
         row = [data, place.model, loss, base]
-        for arm, best in zip(tried, (plain, sevo), strict=True):
+        for arm, best in zip(arms, (plain, sevo), strict=True):
             row += [str(len(arm)), best.name, spread(best.valid.values())]
             row += [spread(best.test.values())]
         rows.append([*row, gain(*means) if seeds else "", str(len(seeds))])
@@ -80,14 +82,21 @@ def tuned_table(found: Iterable[Records]) -> Table:
 
 
 def _add(arm: dict[Config, Setting], key: Config, run: Records) -> None:
-    """Adds a run's seeds to those of its settings; a seed that is there already stays."""
+    """Adds a run's seeds to those of its settings; a seed that is there already stays.
+
+    Older records of long runs lack the best validation: the best of those that are kept stands
+    for it, unless that is none but the one before training.
+    """
     setting = arm.setdefault(key, Setting(settings_of(run), {}, {}))
-    valid: dict[int, float] = {}
+    valid: dict[int, dict[int, float]] = defaultdict(dict)
     for record in run:
         if record["kind"] == "valid":
-            seed = record["seed"]
-            valid[seed] = max(valid.get(seed, 0.0), record["NDCG@10"])
+            valid[record["seed"]][record["epoch"]] = record["NDCG@10"]
     for record in run:
-        if record["kind"] == "test" and record["seed"] in valid:
-            setting.test.setdefault(record["seed"], record["NDCG@10"])
-            setting.valid.setdefault(record["seed"], valid[record["seed"]])
+        if record["kind"] != "test":
+            continue
+        seed, epoch = record["seed"], record["epoch"]
+        kept = {at: v for at, v in valid[seed].items() if at > 0 or epoch == 0}
+        if kept:
+            setting.test.setdefault(seed, record["NDCG@10"])
+            setting.valid.setdefault(seed, kept.get(epoch, max(kept.values())))

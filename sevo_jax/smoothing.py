@@ -58,7 +58,7 @@ def smooth(
         `[L + 1, d]` with some for each column; in place of what the settings above make, which
         then have no effect. May be traced, and not be given for the exact method. Zeros at the
         end change nothing: so several L can share one compiled program, see
-        `sevo_jax.smoothing.coefficients`.
+        `sevo_jax.smoothing.coefficients_of`.
       isolated: what becomes of rows without an edge: `"scale"` multiplies them by the first
         coefficient (0.254 by default) as the official code does, `"identity"` keeps them.
 
@@ -109,7 +109,9 @@ def smooth(
         if isinstance(beta, Tracer):
             y = jnp.where(strength < 1, y, jnp.nan)  # where there is no inverse, _solve gives 0
     else:
-        rows = _rows(coefficients, beta, num_layers, method, rescale)
+        rows: Any = coefficients
+        if rows is None:
+            rows = coefficients_of(beta, num_layers, method, rescale)
         stacked = jnp.stack([jnp.asarray(row, wide.dtype).reshape(1, -1) for row in rows])
         y = adjacency.polynomial(stacked, wide)
     y = y.astype(x.dtype)
@@ -151,12 +153,7 @@ def _chebyshev(adjacency: Adjacency, start: jax.Array, beta: jax.Array) -> jax.A
     return jax.lax.fori_loop(1, num_steps, step, carry)[0]
 
 
-def _rows(given: Any, *settings: Any) -> Any:
-    """The coefficients, `smooth`'s argument of that name or those of its other settings."""
-    return coefficients(*settings) if given is None else given
-
-
-def coefficients(
+def coefficients_of(
     beta: Any,
     num_layers: Any,
     method: Method,
@@ -167,13 +164,21 @@ def coefficients(
 
     With `most_layers`, `num_layers` may be traced: there are as many as `most_layers` takes,
     and those beyond `num_layers` are 0, so that what `jnp.stack` makes of them, given to
-    `smooth`, is one program for every L.
+    `smooth`, is one program for every L up to that. The exact method has none.
     """
+    check_choice("coefficients_of", "method", method, ("neumann", "iterative"))
+    if not isinstance(num_layers, Tracer) and most_layers is not None:
+        if not np.all((np.asarray(num_layers) >= 0) & (np.asarray(num_layers) <= most_layers)):
+            raise ValueError(
+                f"`coefficients_of`: `num_layers` must be from 0 to `most_layers`, "
+                f"{most_layers}, got {num_layers}."
+            )
     most = num_layers if most_layers is None else most_layers
     powers = [beta**l for l in range(most + 1)]
     if most_layers is not None:
         powers = [jnp.where(l <= num_layers, power, 0) for l, power in enumerate(powers)]
-    if method == "iterative":  # (1 - beta) beta^l for l < L, then beta^L
+    if method == "iterative":
+        # (1 - beta) beta^l for l < L, then beta^L, also where a traced L ends the powers.
         return [power - after for power, after in zip(powers, [*powers[1:], 0], strict=True)]
     # Equal to (1 - beta) / (1 - beta^(L+1)), and exact where that is 0 / 0.
     if isinstance(rescale, jax.Array):

@@ -27,7 +27,7 @@ def test_the_described_epoch_is_that_of_training():
     trainer: Any = make_trainer(config, split, mesh=make_mesh(8))
     num_edges = len(make_graph(config, split).edges)
     size = Size(100, num_edges, 60, len(trainer.data.values))
-    slots = round_up(trainer.num_windows * config.max_length, 128)
+    slots = round_up(trainer.windows_per_stream * config.max_length, 128)
     actual, expected = lower_epoch(size, make_mesh(8), CONFIG), trainer.lower_epoch(slots)
     # Not the graph, for which every backend has a layout of its own.
     arguments = [one.args_info[0][:3] for one in (actual, expected)]

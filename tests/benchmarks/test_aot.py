@@ -55,7 +55,7 @@ def test_collectives(text, expected):
 
 
 def _step(target: str, temporary: float, **others) -> Step:
-    use = Use(arguments=3e9, outputs=2e9, reused=1.5e9, temporary=temporary, code=0.25e9)
+    use = Use(3e9, data=0.5e9, outputs=2e9, reused=1.5e9, temporary=temporary, code=0.25e9)
     return Step(target, SIZES["10m"], 12.4, use.total, use, **others)
 
 
@@ -67,7 +67,7 @@ def test_a_row_adds_up_what_a_device_holds():
     assert cells["outputs, not in place"] == "0.500"
     assert cells["fits"] == "yes, of 16"
     assert cells["collectives"] == "2 all-to-all (160 MB)"
-    assert cells["ms at least"] == "6.11"  # 5 GB at 819 GB/s
+    assert cells["ms at least"] == "5.49"  # 3 - 0.5 + 2 GB at 819 GB/s
     assert row(_step("v5e", 12.26e9))[HEAD.index("fits")] == "**no**, of 16"
     assert row(_step("h200", 12.26e9))[HEAD.index("fits")] == "yes, of 141"
     place = HEAD.index("collectives")

@@ -183,7 +183,7 @@ def test_targets_are_judged_by_hand():
     assert found["1. psi at Beauty, rows / PyG"][1].startswith("not judged")
     assert found["1. psi at Beauty, rows / torch CSR"] == ["beauty 1", "yes"]
     assert {int(line[0].split(".")[0]) for line in lines} == {*range(1, 8), 9, 10}
-    taken = {"adamw": 0.2, "psi": 1.0, "sevo_adamw": 1.3}
+    taken = {"adamw": 0.2, "psi": 1.0, "sevo_adamw": 1.2, "sevo_adamw, L = 0": 0.3}
     arms_of_update = {name: {"median": s, "min": s} for name, s in taken.items()}
     update = {("optimizer", "beauty"): _record("optimizer", "beauty", arms=arms_of_update)}
     (line,) = [line for line in page.targets(update) if line[0].startswith("10.")]

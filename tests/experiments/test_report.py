@@ -97,30 +97,40 @@ def test_gains_are_told_with_their_p_values(runs, tmp_path):
     assert row in page.read_text()
 
 
-def test_the_best_of_each_arm_is_chosen_by_validation(tmp_path):
-    """Out of how many, too; a setting that ran on two devices counts once."""
+def test_the_best_of_each_arm_is_chosen_by_validation():
+    """Out of how many, too."""
     make = functools.partial(preset, "sasrec", "amazon_beauty")
-    arms = {  # by folder: settings, and (validation, test) of each seed
-        "a": (make("adamw"), [(0.3, 0.2), (0.5, 0.4)]),
-        "b": (make("adamw", weight_decay=0.3), [(0.6, 0.1), (0.4, 0.2)]),
-        "c": (make("sevo_adamw"), [(0.8, 0.9), (0.6, 0.3)]),
-        "again": (make("sevo_adamw"), [(0.8, 0.9)]),
-        "few": (make("sevo_adamw", train_users=0.5), [(0.9, 0.9)]),
-        "attributes": (make("sevo_adamw", graph="attributes"), [(0.9, 0.9)]),
-        "other loss": (make("sevo_adamw", loss="bpr"), [(0.9, 0.9)]),
-    }
+    start = {"placement": "gradient", "beta": 0.0, "smooth_start": 0.9}
+    arm = {"ablation": {"name": "beta", "arm": "beta=0.5", "arms": [], "given": {}}}
+    found = [  # settings, (validation, test) of each seed, and what else records say
+        (make("adamw"), [(0.3, 0.2), (0.5, 0.4)], {}),
+        (make("adamw", weight_decay=0.3), [(0.6, 0.1), (0.4, 0.2)], {}),
+        # On another device, and validated more often: its seed is in the next one.
+        (make("sevo_adamw", eval_every=1), [(0.9, 0.7)], {}),
+        (make("sevo_adamw"), [(0.8, 0.9), (0.6, 0.3)], {}),
+        (make("sevo_adamw", beta=0.5), [(0.2, 0.9)], arm),
+        (make("sevo_adamw", **start), [(0.5, 0.9)], {}),  # is not AdamW's
+        # Each alone with its kind.
+        (make("sevo_adamw", loss="bpr"), [(0.9, 0.9)], {}),
+        (make("sevo_adamw", loss="gbce"), [(0.9, 0.9)], {}),
+        (make("adamw", loss="gbce"), [(0.9, 0.9)], {}),
+        # They are not asked the same.
+        (make("sevo_adamw", train_users=0.5), [(0.9, 0.9)], {}),
+        (make("sevo_adamw", graph="attributes"), [(0.9, 0.9)], {}),
+        (make("sevo_adamw", graph="teacher"), [(0.9, 0.9)], {}),
+    ]
     runs = []
-    for config, seeds in arms.values():
+    for config, seeds, more in found:
+        more |= {"config": asdict(config), "data": {"name": "amazon_beauty"}}
         runs.append(
             [
-                {"kind": kind, "seed": seed, "epoch": epoch, "NDCG@10": value}
-                | {"config": asdict(config), "data": {"name": "amazon_beauty"}}
+                {"kind": kind, "seed": seed, "epoch": epoch, "NDCG@10": value} | more
                 for seed, (valid, test) in enumerate(seeds)
-                for kind, epoch, value in (
+                for kind, epoch, value in [
                     ("valid", 1, valid),
                     ("valid", 2, 0.1),
                     ("test", 1, test),
-                )
+                ]
             ]
         )
     table = tuned_table(runs)
@@ -128,7 +138,25 @@ def test_the_best_of_each_arm_is_chosen_by_validation(tmp_path):
     (row,) = table.rows
     assert row[:4] == ["amazon_beauty", "sasrec", "bce", "adamw"]
     assert row[4:8] == ["2", "adamw, weight_decay 0.3", "0.5000 ± 0.1414", "0.1500 ± 0.0707"]
-    assert row[8:] == ["1", "sevo_adamw", "0.7000 ± 0.1414", "0.6000 ± 0.4243", "+300.0 %", "2"]
+    assert row[8:] == ["3", "sevo_adamw", "0.7000 ± 0.1414", "0.6000 ± 0.4243", "+300.0 %", "2"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "chosen"),
+    [
+        ([(0, 0.1), (20, 0.4), (30, 0.5), (40, 0.6)], ["0.5000"]),  # at the test's epoch
+        ([(0, 0.1), (20, 0.4), (40, 0.3)], ["0.4000"]),  # the best of what is left
+        ([(0, 0.1)], []),  # says nothing of what was trained
+    ],
+)
+def test_settings_are_chosen_by_the_validations_that_are_kept(kept, chosen):
+    make = functools.partial(preset, "sasrec", "amazon_beauty")
+    runs = []
+    for config in (make("adamw"), make("adamw", weight_decay=0.3), make("sevo_adamw")):
+        lines = [("valid", epoch, value) for epoch, value in kept] + [("test", 30, 0.7)]
+        more = {"config": asdict(config), "data": {"name": "amazon_beauty"}, "seed": 0}
+        runs.append([{"kind": k, "epoch": e, "NDCG@10": v} | more for k, e, v in lines])
+    assert [row[6] for row in tuned_table(runs).rows] == chosen
 
 
 def test_data_of_one_name_that_differs_is_told_apart(runs, tmp_path):

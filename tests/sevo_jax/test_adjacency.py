@@ -17,7 +17,7 @@ import sevo_jax
 from sevo_jax import layouts, native, padded
 from sevo_jax.adjacency import LAYOUTS
 from sevo_jax.compile import compile_library, find_compiler
-from sevo_jax.smoothing import coefficients
+from sevo_jax.smoothing import coefficients_of
 from tests.helpers import dense, random_graph, reference_normalized
 from tests.processes import output, start
 
@@ -133,7 +133,7 @@ def test_coefficients_in_place_of_settings(layout):
     @jax.jit
     @jax.vmap
     def sweep(num_layers, beta):
-        return smooth(jnp.stack(coefficients(beta, num_layers, "neumann", True, 3)))
+        return smooth(jnp.stack(coefficients_of(beta, num_layers, "neumann", True, 3)))
 
     betas = np.array([0.5, 0.99, 0.9, 0.9], np.float32)
     for num_layers, table in enumerate(sweep(jnp.arange(4), betas)):

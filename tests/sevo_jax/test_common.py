@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import sevo_jax
-from sevo_jax.smoothing import coefficients
+from sevo_jax.smoothing import coefficients_of
 from tests.helpers import PLACEMENTS, random_graph
 
 GRAPH = random_graph()
@@ -220,7 +220,7 @@ def test_inject_hyperparams(name):
     injected, state = _train(inject(learning_rate=rate, **kwargs), _params(), grads)
     expected, inner = _train(factory(learning_rate=rate, **kwargs), _params(), grads)
     _assert_close(injected, expected)
-    rows = jnp.stack(coefficients(0.9, 3, "neumann", True))
+    rows = jnp.stack(coefficients_of(0.9, 3, "neumann", True))
     own = inject(rate, ADJACENCY, tables="item", coefficients=rows)
     _assert_close(_train(own, _params(), grads)[0], expected)
     assert {"learning_rate", "beta", "weight_decay"} <= set(state.hyperparams)
@@ -255,7 +255,7 @@ def test_an_ablation_is_a_vmap(name):
     @jax.jit
     @jax.vmap
     def sweep(rate, beta, num_layers):
-        rows = coefficients(beta, num_layers, "neumann", True, most_layers=4)
+        rows = coefficients_of(beta, num_layers, "neumann", True, most_layers=4)
         return train(rate, coefficients=jnp.stack(rows))
 
     rates, betas = np.float32([0.1, 0.02, 0.03]), np.float32([0, 0.5, 0.99])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sevo_jax
-from sevo_jax.smoothing import coefficients
+from sevo_jax.smoothing import coefficients_of
 from tests.helpers import dense, random_graph, reference_normalized, reference_smooth
 
 BETA = st.floats(0, 0.99)
@@ -38,7 +38,7 @@ def test_equals_the_loops_of_the_official_code(seed, beta, num_layers, method, r
     psi = _matrix(graph, beta, num_layers, method=method, rescale=rescale)
     np.testing.assert_allclose(psi, expected, atol=1e-12)
     with jax.enable_x64(True):
-        rows = coefficients(beta, jnp.array(num_layers), method, jnp.array(rescale), 6)
+        rows = coefficients_of(beta, jnp.array(num_layers), method, jnp.array(rescale), 6)
         assert not any(rows[num_layers + 1 :])
         psi = _matrix(graph, 0.5, coefficients=jnp.stack(rows))  # and not that of beta 0.5
     np.testing.assert_allclose(psi, expected, atol=1e-12)
