@@ -149,10 +149,10 @@ def normalized_adjacency(
 # has been timed: for a v5e, by the compiler's account, `edges` moves 73 MB with 3,400 nodes and
 # 0.7M edges and 187 MB with 20,000 and 0.36M, where `dense` moves 341 MB and 4.9 GB.
 _FASTEST: dict[str, tuple[Layout, ...]] = {"cpu": ("compiled", "rows"), "other": ("edges",)}
-# Rows stay in the order of the table. Ordered by degree or by Cuthill and McKee's algorithm,
-# psi takes 94 to 107 % of the time on the first three graphs in these two layouts (a later
-# trial beside other work, 8M edges by degree: 78 to 93 %), and the table would have to be
-# brought into that order and back. Neither trial has a record.
+# Rows stay in the order of the table. Ordered by degree, psi takes 87 % of the time with
+# `compiled` at 10 and at 16 million edges, and 88 and 95 % with `rows` (Zen 4, idle, medians of
+# seven turns, no record); with the table brought into that order and back 89 and 96 %, and 89
+# and 98 %. Smaller graphs, and Cuthill and McKee's order, gained nothing in an earlier trial.
 
 
 def _fastest() -> Layout:
