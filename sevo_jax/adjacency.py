@@ -151,8 +151,10 @@ def normalized_adjacency(
 _FASTEST: dict[str, tuple[Layout, ...]] = {"cpu": ("compiled", "rows"), "other": ("edges",)}
 # Rows stay in the order of the table. Ordered by degree, psi takes 87 % of the time with
 # `compiled` at 10 and at 16 million edges, and 88 and 95 % with `rows` (Zen 4, idle, medians of
-# seven turns, no record); with the table brought into that order and back 89 and 96 %, and 89
-# and 98 %. Smaller graphs, and Cuthill and McKee's order, gained nothing in an earlier trial.
+# seven turns, no record). But the table has to be brought into that order and back: with that
+# it is 89 and 96 %, and 89 and 98 %, and two tables more; in a trial where the compiled product
+# did so on its way, without them, 99 and 99 %. Smaller graphs gained nothing, and as little by
+# Cuthill and McKee's order.
 
 
 def _fastest() -> Layout:
