@@ -54,7 +54,8 @@ def curves(
         for place, (run, records) in enumerate(runs):
             epochs, low, mean, high = _spread(records, kind, name)
             color = f"C{place % 10}"
-            wrapped = textwrap.fill(run, 48)  # settings that a run lists may be many
+            # Settings that a run lists may be many: a legend is to leave room for its figure.
+            wrapped = textwrap.fill(textwrap.shorten(run, 90, placeholder=" ..."), 48)
             line = "-" if config_of(records).has_sevo else "--"
             axis.plot(epochs, mean, line, color=color, lw=1.6, label=wrapped)
             axis.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
