@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from experiments.backbones import BACKBONES, make_optimizer
 from experiments.batching import TrainData
 from experiments.config import Config
-from experiments.mesh import AXIS, MeshTrainer, Streams, check_mesh, placed
+from experiments.mesh import AXIS, SPLIT, WHOLE, MeshTrainer, Streams, check_mesh, placed
 from experiments.training import round_up
 from sevo_jax.layouts import Edges
 from sevo_jax.sharding import Sharded
@@ -76,11 +76,11 @@ def _graph(num_nodes: int, num_edges: int, mesh: Mesh) -> Sharded:
     ids = _everywhere(num_edges, np.int32, mesh)
     isolated = _everywhere(num_nodes, np.bool_, mesh)
     local = Edges(ids, ids, _everywhere(num_edges, np.float32, mesh), isolated)
-    rows = NamedSharding(mesh, PartitionSpec(AXIS))
+    rows = NamedSharding(mesh, SPLIT)
     return Sharded(local, placed(isolated, rows), mesh, (AXIS,))
 
 
 def _everywhere(shape: Any, dtype: Any, mesh: Mesh) -> Any:
-    whole = NamedSharding(mesh, PartitionSpec())
+    whole = NamedSharding(mesh, WHOLE)
     shape = shape if isinstance(shape, tuple) else (shape,)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)

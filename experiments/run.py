@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from experiments import records
 from experiments.backbones import (
@@ -35,7 +35,7 @@ from experiments.batching import training_data
 from experiments.config import Config, check_seeds
 from experiments.dataset import Split
 from experiments.distillation import distilled, teacher_graph
-from experiments.mesh import MeshTrainer, Streams, check_mesh, split_graph
+from experiments.mesh import WHOLE, MeshTrainer, Streams, check_mesh, split_graph
 from experiments.per_user import bucket_metrics, history_lengths, target_popularity
 from experiments.ranking import Ranks, collect, metrics, ranking_data
 from experiments.run_folder import Progress, checkpoints, claim, locked, restore, save
@@ -118,7 +118,7 @@ def make_trainer(
     objective.check(data)
     batch_size = windows_per_step(config, data)
     if mesh is not None:
-        data = jax.device_put(data, NamedSharding(mesh, PartitionSpec()))
+        data = jax.device_put(data, NamedSharding(mesh, WHOLE))
     order = jax.eval_shape(lambda: objective.order(jax.random.key(0), data, batch_size))
 
     def build(rngs: nnx.Rngs) -> Any:
