@@ -15,7 +15,7 @@ from rich.table import Table
 
 from experiments import study
 from experiments.backbones import fixed
-from experiments.config import Config, Loss
+from experiments.config import FIXED, Config, Loss
 from experiments.data import split_of
 from experiments.distillation import TEACHER, distillation
 from experiments.main_job import check_out, show
@@ -113,9 +113,11 @@ def placement(make: Make) -> dict[str, Config]:
 
 
 def loss(make: Make) -> dict[str, Config]:
-    """What SEvo is worth beside stronger losses: the paper trains with one negative."""
+    """What SEvo is worth beside stronger losses: the paper trains with one negative. A model
+    whose objective has a loss of its own is compared in that one alone."""
     arms = {}
-    for kind in get_args(Loss):
+    own = FIXED.get(make("adamw").model, {}).get("loss")
+    for kind in (own,) if own else get_args(Loss):
         drawn = {"sampled_softmax": 256, "gbce": 64}.get(kind, 1)
         settings = {"loss": kind, "num_negatives": drawn}
         arms[f"{kind} adamw"] = make("adamw", **settings)

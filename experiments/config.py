@@ -18,7 +18,7 @@ Schedule = Literal["constant", "cosine"]
 Windows = Literal["last", "prefixes", "whole", "items", "users"]
 Distil = Literal["none", "kd", "rkd", "htd", "dkd"]
 # What a model's objective fixes: the cut of the sequences, and the loss.
-_FIXED = {
+FIXED = {
     "bert4rec": {"windows": "items", "loss": "cross_entropy"},
     "mf": {"windows": "users", "loss": "bpr"},
     "lightgcn": {"windows": "users", "loss": "bpr"},
@@ -176,7 +176,7 @@ class Config:
             elif not math.isfinite(value) or value < 0 or not (value or name in _MAY_BE_ZERO):
                 least = "at least 0" if name in _MAY_BE_ZERO else "positive"
                 raise ValueError(f"`{name}` must be {least} and finite, got {value}.")
-        for name, needed in _FIXED.get(self.model, {}).items():
+        for name, needed in FIXED.get(self.model, {}).items():
             if getattr(self, name) != needed:
                 raise ValueError(
                     f"`{name}` of {self.model} must be {needed!r}, got {getattr(self, name)!r}."
@@ -188,7 +188,7 @@ class Config:
                 f"`graph_window` must be at least 2 items to make an edge, got "
                 f"{self.graph_window}."
             )
-        if self.model not in _FIXED and self.windows in ("items", "users"):
+        if self.model not in FIXED and self.windows in ("items", "users"):
             raise ValueError(
                 f"`windows` of {self.model} must be last, prefixes or whole, got "
                 f"{self.windows!r}."
@@ -261,7 +261,7 @@ class Config:
     def without_effect(self) -> set[str]:
         """The settings that change nothing, as others do not let them."""
         sevo, sgd = self.has_sevo, self.base == "sgd"
-        ranked = self.model not in _FIXED  # by `objectives.NextItem`
+        ranked = self.model not in FIXED  # by `objectives.NextItem`
         needed = dict.fromkeys(SEVO_ONLY, sevo) | {
             "switch_at": self.placement == "switch",
             "num_layers": sevo and (self.method != "exact" or self.smooth_start > 0),

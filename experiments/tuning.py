@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from experiments.comparisons import smooths
+import numpy as np
+
+from experiments.comparisons import p_value, smooths
 from experiments.config import Config
-from experiments.statistics import spread
+from experiments.statistics import holm, paired_t, spread
 from experiments.tables import (
     Place,
     Records,
@@ -22,8 +24,9 @@ from experiments.tables import (
 HOW_CHOSEN = """The best settings of each arm, by the mean over seeds of the best validation
 NDCG@10 that the records keep, among all that were tried with that data, model, loss and
 optimizer, an ablation's arms too. A smoothed start counts as SEvo. Runs with attributes, a
-teacher or a part of the users are left out. Gains are over the seeds that both have. Fewer
-settings are a smaller budget, and settings of one seed are easily lucky"""
+teacher or a part of the users are left out. Gains are over the seeds that both have, d_z and p
+(Student's paired test, by Holm's rule for all of the table) as above. Fewer settings are a
+smaller budget, and settings of one seed are easily lucky"""
 
 
 class Setting(NamedTuple):
@@ -60,7 +63,7 @@ def tuned_table(found: Iterable[Records]) -> Table:
         with_sevo = smooths(config) or config.smooth_start > 0
         arm = groups[place, config.loss, config.base][with_sevo]
         _add(arm, replace(config, eval_every=1), run)
-    rows = []
+    rows, tests = [], []
     names = data_names(place for place, _, _ in groups)
     for ((place, loss, base), arms), data in sorted(
         zip(groups.items(), names, strict=True), key=lambda pair: pair[0][0]
@@ -70,14 +73,19 @@ def tuned_table(found: Iterable[Records]) -> Table:
             continue
         plain, sevo = (max(arm, key=lambda setting: setting.mean_valid) for arm in known)
         seeds = sorted(plain.test.keys() & sevo.test.keys())
-        means = [sum(s.test[seed] for seed in seeds) for s in (sevo, plain)]
+        values = [np.array([s.test[seed] for seed in seeds]) for s in (sevo, plain)]
+        tests.append(paired_t(*values) if len(seeds) > 1 else None)
         row = [data, place.model, loss, base]
         for arm, best in zip(arms, (plain, sevo), strict=True):
             row += [str(len(arm)), best.name, spread(best.valid.values())]
             row += [spread(best.test.values())]
-        rows.append([*row, gain(*means) if seeds else "", str(len(seeds))])
+        rows.append([*row, gain(*(v.mean() for v in values)) if seeds else "", str(len(seeds))])
+    corrected = iter(holm([test.p for test in tests if test]))
+    for row, test in zip(rows, tests, strict=True):
+        row += [f"{test.effect:.2f}", p_value(next(corrected))] if test else ["", ""]
     head = ["data", "model", "loss", "optimizer", "settings without SEvo", "the best", "valid"]
     head += ["test", "settings with SEvo", "the best", "valid", "test", "gain", "seeds"]
+    head += ["d_z", "p"]
     return Table(head, rows)
 
 

@@ -176,6 +176,13 @@ def test_every_model_that_predicts_the_next_item_takes_every_loss(model):
     assert {objective.kind for objective in objectives} == set(get_args(Loss))
 
 
+@pytest.mark.parametrize(("model", "kind"), [("bert4rec", "cross_entropy"), ("mf", "bpr")])
+def test_models_with_a_loss_of_their_own_are_compared_in_that(model, kind):
+    arms, *_ = arms_of(Ablate(name="loss", model=model))
+    assert list(arms) == [f"{kind} adamw", f"{kind} update", f"{kind} gradient"]
+    assert {config.loss for config in arms.values()} == {kind}
+
+
 @pytest.mark.parametrize("model", ["sasrec", "stosa"])
 def test_arms_are_what_their_names_say_and_keep_their_places(model):
     asked = ("H=2 count", "last K=50", "last K=5")
