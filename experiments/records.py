@@ -1,8 +1,10 @@
 """Records: one JSON line per epoch and evaluation. Tables and figures are made from these."""
 
+import functools
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,19 +13,41 @@ from typing import Any
 import jax
 import numpy as np
 
+from sevo_jax import __version__
+
 FILE = "records.jsonl"
 
 
 def environment() -> dict[str, Any]:
     """Versions and device, for every evaluation's record."""
     packages = ("jax", "flax", "optax", "numpy")
+    versions = {"python": platform.python_version()} | {p: version(p) for p in packages}
     device = jax.devices()[0]
     affinity = getattr(os, "sched_getaffinity", None)  # on Linux, the cores that we may use
     return {
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "versions": versions | {"sevo_jax": _own_version()},
         "device": f"{jax.device_count()} {device.platform} ({device.device_kind})",
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
     }
+
+
+@functools.cache  # the code that runs is that of the start
+def _own_version() -> str:
+    """The project's version, with the commit where it runs from a clone.
+
+    As in `1.0+g2a9bf11f4`, with `.dirty` where a tracked file has changed since.
+    """
+    here = Path(__file__)
+    git = ["git", "--no-optional-locks", "-C", str(here.parent)]
+    describe = ["describe", "--always", "--abbrev=9", "--exclude=*", "--dirty=.dirty"]
+    try:
+        # A copy may lie within a repository that is not the project's.
+        tracked = ["ls-files", "--error-unmatch", here.name]
+        subprocess.run(git + tracked, check=True, capture_output=True)
+        found = subprocess.run(git + describe, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return __version__
+    return f"{__version__}+g{found.stdout.strip()}"
 
 
 def append(path: Path, records: Iterable[dict[str, Any]]) -> int:

@@ -123,10 +123,35 @@ def test_records_hold_every_evaluation(finished, split):
         if record["kind"] != "epoch":
             assert Config(**record["config"]) == TINY
             assert record["data"]["train"] == split.num_train
-            assert {"jax", "python"} <= set(record["versions"])
+            assert {"jax", "python", "sevo_jax"} <= set(record["versions"])
             assert set(METRICS) <= set(record)
     tests = [r["NDCG@10"] for r in found if r["kind"] == "test"]
     np.testing.assert_array_equal(tests, result.test["NDCG@10"])
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_version_names_the_commit_of_a_clone_alone(tmp_path, monkeypatch):
+    def git(*arguments: str) -> str:
+        author = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *author, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    file, number = tmp_path / "records.py", records.__version__
+    file.write_text("first")
+    monkeypatch.setattr(records, "__file__", str(file))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    version = records._own_version.__wrapped__
+    assert version() == number  # no repository at all
+    git("init")
+    git("commit", "--allow-empty", "-m", "a")
+    git("tag", "-a", "v9", "-m", "v9")  # says nothing of the version
+    assert version() == number  # somebody else's, in which this lies untracked
+    git("add", "records.py")
+    git("commit", "-m", "b")
+    commit = git("rev-parse", "--short=9", "HEAD").strip()
+    assert version() == f"{number}+g{commit}"
+    file.write_text("second")
+    assert version() == f"{number}+g{commit}.dirty"
 
 
 def test_the_best_epoch_is_the_one_with_the_highest_validation(finished):
