@@ -7,14 +7,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from scipy.stats import false_discovery_control
 
 from experiments.config import SEVO_ONLY, Config, Optimizer
 from experiments.per_user import UserRanks, align, choose, combine, per_user, read_ranks
 from experiments.presets import PRESETS, known_name, preset
 from experiments.published import SEEDS, has_other_sizes, published
-from experiments.statistics import SeedTest, UserTest, holm, paired_bootstrap, paired_t
+from experiments.statistics import SeedTest, UserTest, by_seed, holm, paired_bootstrap
 from experiments.tables import (
     Place,
     Records,
@@ -46,10 +45,6 @@ class Run(NamedTuple):
     device: str
     tests: dict[int, dict[str, float]]  # by seed, the metrics at the best validation
     ranks: UserRanks | None  # of those of these tests whose folder keeps them
-
-    def mean(self, metric: str, seeds: Iterable[int] | None = None) -> float:
-        values = [self.tests[seed][metric] for seed in (self.tests if seeds is None else seeds)]
-        return sum(values) / len(values)
 
 
 class Comparison(NamedTuple):
@@ -267,11 +262,9 @@ def _changed_rates(run: Run) -> set[str]:
 
 
 def _compared(first: Run, second: Run, metric: str, samples: int) -> Comparison:
-    seeds = sorted(first.tests.keys() & second.tests.keys())
-    values = [[run.tests[seed][metric] for seed in seeds] for run in (first, second)]
-    over_seeds, over_users, user_seeds = None, None, []
-    if len(seeds) > 1:
-        over_seeds = paired_t(*map(np.array, values))
+    values = ({seed: r[metric] for seed, r in run.tests.items()} for run in (first, second))
+    seeds, means, over_seeds = by_seed(*values)
+    over_users, user_seeds = None, []
     if first.ranks and second.ranks:
         kept = (set(run.ranks.seeds.tolist()) for run in (first, second) if run.ranks)
         if user_seeds := sorted(set.intersection(*kept)):
@@ -285,7 +278,6 @@ def _compared(first: Run, second: Run, metric: str, samples: int) -> Comparison:
             baseline = "same optimizer"
         elif second.config.optimizer == "adam":
             baseline = "adam"
-    means = (first.mean(metric, seeds), second.mean(metric, seeds))
     return Comparison(first, second, baseline, seeds, means, over_seeds, over_users, user_seeds)
 
 

@@ -7,7 +7,7 @@ many: the paired bootstrap asks whether other users of the same kind would see t
 the trained models as they are. A claim should pass both.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +36,24 @@ class UserTest(NamedTuple):
     high: float
     p: float  # two-sided
     num_users: int
+
+
+class BySeed(NamedTuple):
+    """Two runs over the seeds that both have, see `by_seed`."""
+
+    seeds: list[int]
+    means: tuple[float, float]  # NaN without a seed
+    test: SeedTest | None  # of more than one seed
+
+
+def by_seed(first: Mapping[int, float], second: Mapping[int, float]) -> BySeed:
+    """Pairs a metric of two runs, given by seed, and tests the difference by `paired_t`."""
+    seeds = sorted(first.keys() & second.keys())
+    one, other = (np.array([run[seed] for seed in seeds]) for run in (first, second))
+    if not seeds:
+        return BySeed(seeds, (np.nan, np.nan), None)
+    test = paired_t(one, other) if len(seeds) > 1 else None
+    return BySeed(seeds, (float(one.mean()), float(other.mean())), test)
 
 
 def paired_t(first: np.ndarray, second: np.ndarray, *, level: float = 0.95) -> SeedTest:

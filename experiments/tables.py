@@ -10,13 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from experiments.config import SEVO_NEEDED, SEVO_ONLY, Config
 from experiments.presets import preset
 from experiments.published import official_curve, published, published_arm
 from experiments.ranking import METRICS
-from experiments.statistics import holm, paired_t, spread
+from experiments.statistics import by_seed, holm, spread
 
 Records = list[dict[str, Any]]
 SHOWN = [name for name in METRICS if not name.startswith("MRR")]
@@ -148,12 +146,13 @@ def ablation_table(runs: Sequence[Records]) -> Table:
     head += ["s/epoch", "device"]
     scores = [{r["seed"]: r["NDCG@10"] for r in run if r["kind"] == "test"} for run in runs]
     known = [_published(run) for run in runs]
-    gains, tests = [], []
-    for arm, base in enumerate(over := bases([config_of(run) for run in runs])):
-        seeds = sorted(scores[arm].keys() & scores[base].keys()) if arm != base else []
-        pair = [[scores[which][seed] for seed in seeds] for which in (arm, base)]
-        gains.append(gain(*map(statistics.mean, pair)) if seeds else "")
-        tests.append(paired_t(*map(np.array, pair)) if len(seeds) > 1 else None)
+    over = bases([config_of(run) for run in runs])
+    pairs = [
+        by_seed(scores[arm], scores[base] if arm != base else {})
+        for arm, base in enumerate(over)
+    ]
+    gains = [gain(*pair.means) if pair.seeds else "" for pair in pairs]
+    tests = [pair.test for pair in pairs]
     corrected = iter(holm([test.p for test in tests if test]))
     rows = []
     for arm, run in enumerate(runs):

@@ -5,11 +5,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
-
 from experiments.comparisons import p_value, smooths
 from experiments.config import Config
-from experiments.statistics import holm, paired_t, spread
+from experiments.statistics import by_seed, holm, spread
 from experiments.tables import (
     Place,
     Records,
@@ -72,14 +70,13 @@ def tuned_table(found: Iterable[Records]) -> Table:
         if not all(known) or max(map(len, arms)) == 1:
             continue
         plain, sevo = (max(arm, key=lambda setting: setting.mean_valid) for arm in known)
-        seeds = sorted(plain.test.keys() & sevo.test.keys())
-        values = [np.array([s.test[seed] for seed in seeds]) for s in (sevo, plain)]
-        tests.append(paired_t(*values) if len(seeds) > 1 else None)
+        pair = by_seed(sevo.test, plain.test)
+        tests.append(pair.test)
         row = [data, place.model, loss, base]
         for arm, best in zip(arms, (plain, sevo), strict=True):
             row += [str(len(arm)), best.name, spread(best.valid.values())]
             row += [spread(best.test.values())]
-        rows.append([*row, gain(*(v.mean() for v in values)) if seeds else "", str(len(seeds))])
+        rows.append([*row, gain(*pair.means) if pair.seeds else "", str(len(pair.seeds))])
     corrected = iter(holm([test.p for test in tests if test]))
     for row, test in zip(rows, tests, strict=True):
         row += [f"{test.effect:.2f}", p_value(next(corrected))] if test else ["", ""]
