@@ -13,7 +13,7 @@ from flax import nnx
 import models
 from experiments.averaging import averaged
 from experiments.batching import TrainData
-from experiments.config import Config
+from experiments.config import ARGUMENTS, Config
 from experiments.dataset import Split, distinct_pairs
 from experiments.objectives import MaskedItem, NextItem, Objective, UserItem
 from models.distillation import Groups
@@ -42,7 +42,6 @@ class Backbone:
     Args:
       module: the class, from `models`.
       objective: how it trains and ranks, from the number of items and the settings.
-      settings: by argument of the class, the field of `Config` that it takes.
       knows_users: the class also takes the number of users.
       tables: the pattern of the tables that SEvo smooths, see `sevo_jax.sevo`.
       vectors: the one of them whose rows stand for the items, where something looks at it.
@@ -50,22 +49,18 @@ class Backbone:
 
     module: Any
     objective: Callable[[int, Config], Objective]
-    settings: dict[str, str]
     knows_users: bool = False
     tables: str = TABLE
     vectors: str = TABLE
 
     def build(self, num_users: int, num_items: int, config: Config, rngs: nnx.Rngs) -> Any:
         sizes = (num_items, num_users) if self.knows_users else (num_items,)
-        settings = {name: getattr(config, field) for name, field in self.settings.items()}
+        arguments = ARGUMENTS[config.model].items()
+        settings = {name: getattr(config, field) for name, field in arguments}
         module = self.module(*sizes, **settings, rngs=rngs)
         if config.distil == "htd":
             module.groups = Groups(config.dim, WIDER * config.dim, rngs=rngs)
         return module
-
-
-def _same(*names: str) -> dict[str, str]:
-    return {name: name for name in names}
 
 
 def _next_item(num_items: int, config: Config) -> NextItem:
@@ -81,44 +76,29 @@ def _next_item(num_items: int, config: Config) -> NextItem:
     )
 
 
-_ATTENTION = _same("dim", "max_length", "num_blocks", "num_heads", "dropout_rate")
-
 BACKBONES: dict[str, Backbone] = {
-    "sasrec": Backbone(models.SASRec, _next_item, _ATTENTION | _same("cosine_scale")),
-    "gru4rec": Backbone(
-        models.GRU4Rec,
-        _next_item,
-        _same("dim", "max_length", "dropout_rate", "cosine_scale") | {"hidden_dim": "dim"},
-    ),
+    "sasrec": Backbone(models.SASRec, _next_item),
+    "gru4rec": Backbone(models.GRU4Rec, _next_item),
     "bert4rec": Backbone(
         models.BERT4Rec,
         lambda _, config: MaskedItem(config.mask_prob, config.loader_workers),
-        _ATTENTION,
         tables="(item|output)_embedding",
     ),
     "stosa": Backbone(
         models.STOSA,
         _next_item,
-        _ATTENTION | _same("attention_dropout_rate", "fixed"),
         tables="item_(mean|covariance)",
         vectors="item_mean",
     ),
-    "bsarec": Backbone(
-        models.BSARec,
-        _next_item,
-        _ATTENTION
-        | _same("attention_dropout_rate", "filter_weight", "filter_cutoff", "cosine_scale"),
-    ),
+    "bsarec": Backbone(models.BSARec, _next_item),
     "mf": Backbone(
         models.MF,
         lambda _, config: UserItem(config.loader_workers, config.pair_l2),
-        _same("dim"),
         knows_users=True,
     ),
     "lightgcn": Backbone(
         models.LightGCN,
         lambda _, config: UserItem(config.loader_workers, config.pair_l2),
-        {"dim": "dim", "num_layers": "num_blocks"},
         knows_users=True,
     ),
 }

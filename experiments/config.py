@@ -17,6 +17,25 @@ Loss = Literal["bce", "bpr", "gbce", "sampled_softmax", "cross_entropy"]
 Schedule = Literal["constant", "cosine"]
 Windows = Literal["last", "prefixes", "whole", "items", "users"]
 Distil = Literal["none", "kd", "rkd", "htd", "dkd"]
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+_ATTENTION = _same("dim", "max_length", "num_blocks", "num_heads", "dropout_rate")
+# By argument of the model's class, the field of `Config` that it takes.
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "sasrec": _ATTENTION | _same("cosine_scale"),
+    "gru4rec": _same("dim", "max_length", "dropout_rate", "cosine_scale")
+    | {"hidden_dim": "dim"},
+    "bert4rec": _ATTENTION,
+    "stosa": _ATTENTION | _same("attention_dropout_rate", "fixed"),
+    "bsarec": _ATTENTION
+    | _same("attention_dropout_rate", "filter_weight", "filter_cutoff", "cosine_scale"),
+    "mf": _same("dim"),
+    "lightgcn": {"dim": "dim", "num_layers": "num_blocks"},
+}
 # What a model's objective fixes: the cut of the sequences, and the loss.
 FIXED = {
     "bert4rec": {"windows": "items", "loss": "cross_entropy"},
@@ -206,10 +225,9 @@ class Config:
             raise ValueError(f"`pair_l2` is for mf and lightgcn, got it for {self.model}.")
         if self.pvn_weight and self.model != "stosa":
             raise ValueError(f"`pvn_weight` is for stosa alone, got it for {self.model}.")
-        if self.cosine_scale and self.model not in ("sasrec", "gru4rec", "bsarec"):
-            raise ValueError(
-                f"`cosine_scale` is for sasrec, gru4rec and bsarec, got it for {self.model}."
-            )
+        if self.cosine_scale and "cosine_scale" not in self._taken:
+            takers = [name for name, known in ARGUMENTS.items() if "cosine_scale" in known]
+            raise ValueError(f"`cosine_scale` is for {takers}, got it for {self.model}.")
         if self.placement != "update" and not self.has_sevo:
             raise ValueError(
                 f'`placement` "{self.placement}" needs an optimizer with SEvo, got '
@@ -280,15 +298,9 @@ class Config:
             "mask_prob": self.model == "bert4rec",
             "distil_weight": self.distil != "none",
             "distil_slots": self.distil in ("kd", "dkd"),
-            "num_blocks": self.model not in ("gru4rec", "mf"),
-            "max_length": self.windows != "users",
-            "num_heads": self.model in ("sasrec", "bert4rec", "stosa", "bsarec"),
-            "dropout_rate": self.model not in ("mf", "lightgcn"),
-            "attention_dropout_rate": self.model in ("stosa", "bsarec"),
-            "filter_weight": self.model == "bsarec",
-            "filter_cutoff": self.model == "bsarec",
-            "fixed": self.model == "stosa",
         }
+        for name in set().union(*(known.values() for known in ARGUMENTS.values())):
+            needed[name] = name in self._taken
         for name in ("graph_window", "graph_distance", "graph_weighting", "graph_keep"):
             needed[name] = sevo and self.graph == "items"
         return {name for name, is_needed in needed.items() if not is_needed}
@@ -301,6 +313,11 @@ class Config:
             for name, value in vars(self).items()
             if value != getattr(usual, name) and name not in idle
         }
+
+    @property
+    def _taken(self) -> set[str]:
+        """The settings that the model's class takes."""
+        return set(ARGUMENTS[self.model].values())
 
     @property
     def base(self) -> str:

@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from rich.console import Console
 
 from experiments import cli, main_job, records, run
 from experiments.backbones import BACKBONES
-from experiments.config import Config
+from experiments.config import ARGUMENTS, Config, Model
 from experiments.data import load_data
 from experiments.dataset import Dataset, leave_one_out
 from experiments.objectives import NextItem
@@ -593,11 +593,16 @@ def test_a_record_that_is_not_json_is_named(tmp_path):
         records.read(path)
 
 
+def test_every_backbone_is_known_everywhere():
+    models = set(get_args(Model))
+    assert models == set(ARGUMENTS) == set(BACKBONES) == {model for model, _ in PRESETS}
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_defaults_of_a_model_are_its_preset_on_beauty(name):
     backbone, known = BACKBONES[name], preset(name, "amazon_beauty", "adamw")
     arguments = inspect.signature(backbone.module.__init__).parameters
-    for argument, field in backbone.settings.items():
+    for argument, field in ARGUMENTS[name].items():
         assert arguments[argument].default == getattr(known, field), argument
 
 
@@ -696,7 +701,9 @@ def test_config_rejects_what_it_does_not_know():
         Config(pvn_weight=0.1)
     with pytest.raises(ValueError, match="`pair_l2` is for mf and lightgcn, got it for sasrec"):
         Config(pair_l2=0.1)
-    with pytest.raises(ValueError, match="`cosine_scale` is for sasrec, gru4rec and bsarec"):
+    with pytest.raises(
+        ValueError, match="`cosine_scale` is for .* got it for stosa"
+    ):
         preset("stosa", "amazon_beauty", "adam", cosine_scale=20)
     with pytest.raises(ValueError, match="`batch_size` must be positive"):
         Config(batch_size=0)
