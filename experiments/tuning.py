@@ -1,7 +1,9 @@
 """How far each arm was tuned, and how the best settings of each, by validation, compare."""
 
+import math
+import operator
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,19 +26,41 @@ NDCG@10 that the records keep, among all that were tried with that data, model, 
 optimizer, an ablation's arms too. A smoothed start counts as SEvo. Runs with attributes, a
 teacher or a part of the users are left out. Gains are over the seeds that both have, d_z and p
 (Student's paired test, by Holm's rule for all of the table) as above. Fewer settings are a
-smaller budget, and settings of one seed are easily lucky"""
+smaller budget: the gain at equal budgets is between what the test is expected to be if, of
+either arm, only as many settings had been tried as of the one that has fewer, drawn from those
+that train as many epochs as its best, and the best of them by validation taken (Dodge et al.,
+Show Your Work, 2019). Settings of one seed are easily lucky"""
 
 
 class Setting(NamedTuple):
     """What one configuration reached, by seed."""
 
     name: str
+    epochs: int
     valid: dict[int, float]  # NDCG@10 at the best validation
     test: dict[int, float]
 
     @property
     def mean_valid(self) -> float:
         return sum(self.valid.values()) / len(self.valid)
+
+    @property
+    def mean_test(self) -> float:
+        return sum(self.test.values()) / len(self.test)
+
+
+def expected_test(settings: Sequence[Setting], budget: int) -> float:
+    """Mean test of the best by validation of `budget` settings, over all choices of them.
+
+    References:
+      Dodge et al, `Show Your Work <https://arxiv.org/abs/1909.03004>`_, EMNLP 2019, there for
+      the validation and with replacement.
+    """
+    ranked = sorted(settings, key=lambda setting: -setting.mean_valid)
+    # The i-th is the best where all others are of those after it.
+    ways = [math.comb(len(ranked) - 1 - i, budget - 1) for i in range(len(ranked))]
+    tests = (setting.mean_test for setting in ranked)
+    return sum(map(operator.mul, ways, tests)) / math.comb(len(ranked), budget)
 
 
 def tuned_table(found: Iterable[Records]) -> Table:
@@ -76,12 +100,19 @@ def tuned_table(found: Iterable[Records]) -> Table:
         for arm, best in zip(arms, (plain, sevo), strict=True):
             row += [str(len(arm)), best.name, spread(best.valid.values())]
             row += [spread(best.test.values())]
-        rows.append([*row, gain(*pair.means) if pair.seeds else "", str(len(pair.seeds))])
+        alike = [
+            [setting for setting in arm if setting.epochs == best.epochs]
+            for arm, best in zip(known, (plain, sevo), strict=True)
+        ]
+        few = [expected_test(arm, min(map(len, alike))) for arm in alike]
+        row += [gain(*reversed(few)), gain(*pair.means) if pair.seeds else ""]
+        rows.append([*row, str(len(pair.seeds))])
     corrected = iter(holm([test.p for test in tests if test]))
     for row, test in zip(rows, tests, strict=True):
         row += [f"{test.effect:.2f}", p_value(next(corrected))] if test else ["", ""]
     head = ["data", "model", "loss", "optimizer", "settings without SEvo", "the best", "valid"]
-    head += ["test", "settings with SEvo", "the best", "valid", "test", "gain", "seeds"]
+    head += ["test", "settings with SEvo", "the best", "valid", "test"]
+    head += ["gain, equal budgets", "gain", "seeds"]
     head += ["d_z", "p"]
     return Table(head, rows)
 
@@ -92,7 +123,7 @@ def _add(arm: dict[Config, Setting], key: Config, run: Records) -> None:
     Older records of long runs lack the best validation: the best of those that are kept stands
     for it, unless that is none but the one before training.
     """
-    setting = arm.setdefault(key, Setting(settings_of(run), {}, {}))
+    setting = arm.setdefault(key, Setting(settings_of(run), key.epochs, {}, {}))
     valid: dict[int, dict[int, float]] = defaultdict(dict)
     for record in run:
         if record["kind"] == "valid":

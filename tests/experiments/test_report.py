@@ -1,12 +1,14 @@
 """Tables are functions of records: by hand for one small run."""
 
 import functools
+import itertools
 import json
 import shlex
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import cli
@@ -14,7 +16,7 @@ from experiments.presets import preset
 from experiments.published import official_curve, published
 from experiments.report import BEGIN, END, keep, write_report
 from experiments.tables import name_of, sort_key
-from experiments.tuning import tuned_table
+from experiments.tuning import Setting, expected_test, tuned_table
 
 CONFIG = preset("sasrec", "amazon_beauty", "sevo_adamw", beta=0.5)
 
@@ -109,6 +111,7 @@ def test_the_best_of_each_arm_is_chosen_by_validation():
         (make("sevo_adamw", eval_every=1), [(0.9, 0.7)], {}),
         (make("sevo_adamw"), [(0.8, 0.9), (0.6, 0.3)], {}),
         (make("sevo_adamw", beta=0.5), [(0.2, 0.9)], arm),
+        (make("sevo_adamw", epochs=10), [(0.1, 0.1)], {}),  # in no budget of longer ones
         (make("sevo_adamw", **start), [(0.5, 0.9)], {}),  # is not AdamW's
         # Each alone with its kind.
         (make("sevo_adamw", loss="bpr"), [(0.9, 0.9)], {}),
@@ -138,9 +141,24 @@ def test_the_best_of_each_arm_is_chosen_by_validation():
     (row,) = table.rows
     assert row[:4] == ["amazon_beauty", "sasrec", "bce", "adamw"]
     assert row[4:8] == ["2", "adamw, weight_decay 0.3", "0.5000 ± 0.1414", "0.1500 ± 0.0707"]
-    assert row[8:12] == ["3", "sevo_adamw", "0.7000 ± 0.1414", "0.6000 ± 0.4243"]
+    assert row[8:12] == ["4", "sevo_adamw", "0.7000 ± 0.1414", "0.6000 ± 0.4243"]
     # Differences of .8 and .1, paired by seed: t is 1.29 with one degree of freedom.
-    assert row[12:] == ["+300.0 %", "2", "0.91", "0.42"]
+    assert row[13:] == ["+300.0 %", "2", "0.91", "0.42"]
+    # Two of SEvo's three long ones: twice the best, .6 in the test, once the second, .9.
+    assert row[12] == "+366.7 %"
+
+
+def test_the_expected_test_of_a_budget_is_that_of_all_choices():
+    rng = np.random.default_rng(0)
+    settings = [
+        Setting(str(i), 1, {0: v}, {0: t}) for i, (v, t) in enumerate(rng.random((6, 2)))
+    ]
+    for budget in range(1, 7):
+        best = [
+            max(chosen, key=lambda setting: setting.valid[0]).test[0]
+            for chosen in itertools.combinations(settings, budget)
+        ]
+        assert expected_test(settings, budget) == pytest.approx(np.mean(best))
 
 
 @pytest.mark.parametrize(
