@@ -36,6 +36,9 @@ def steps(size: str, data: Path | None, repeats: int, with_torch: bool) -> dict[
     if on_accelerator():
         layouts = ("padded", "edges")
     graphs = {name: normalized_adjacency(log.graph, layout=name) for name in layouts}
+    if "compiled" in layouts:
+        half = normalized_adjacency(log.graph, layout="compiled", messages="bfloat16")
+        graphs["compiled, bfloat16"] = half
     chosen = {"adamw": None} | {f"sevo, {name}": graph for name, graph in graphs.items()}
     functions = {}
     for name, graph in chosen.items():
