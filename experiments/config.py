@@ -227,7 +227,9 @@ class Config:
             raise ValueError(f"`pvn_weight` is for stosa alone, got it for {self.model}.")
         if self.cosine_scale and "cosine_scale" not in self._taken:
             takers = [name for name, known in ARGUMENTS.items() if "cosine_scale" in known]
-            raise ValueError(f"`cosine_scale` is for {takers}, got it for {self.model}.")
+            raise ValueError(
+                f"`cosine_scale` is for {', '.join(takers)}, got it for {self.model}."
+            )
         if self.placement != "update" and not self.has_sevo:
             raise ValueError(
                 f'`placement` "{self.placement}" needs an optimizer with SEvo, got '
@@ -301,6 +303,7 @@ class Config:
         }
         for name in set().union(*(known.values() for known in ARGUMENTS.values())):
             needed[name] = name in self._taken
+        needed["max_length"] = self.windows != "users"  # the loop cuts by it, too
         for name in ("graph_window", "graph_distance", "graph_weighting", "graph_keep"):
             needed[name] = sevo and self.graph == "items"
         return {name for name, is_needed in needed.items() if not is_needed}

@@ -33,21 +33,24 @@ def environment() -> dict[str, Any]:
 
 @functools.cache  # the code that runs is that of the start
 def _own_version() -> str:
-    """The project's version, with the commit where it runs from a clone.
+    """The project's version, with the commit where it runs from a clone that Git can read.
 
-    As in `1.0+g2a9bf11f4`, with `.dirty` where a tracked file has changed since.
+    As in `1.0+g2a9bf11f4`, with `.dirty` where code is not that commit's.
     """
     here = Path(__file__)
-    git = ["git", "--no-optional-locks", "-C", str(here.parent)]
-    describe = ["describe", "--always", "--abbrev=9", "--exclude=*", "--dirty=.dirty"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
     try:
         # A copy may lie within a repository that is not the project's.
-        tracked = ["ls-files", "--error-unmatch", here.name]
-        subprocess.run(git + tracked, check=True, capture_output=True)
-        found = subprocess.run(git + describe, check=True, capture_output=True, text=True)
+        git("ls-files", "--error-unmatch", here.name)
+        commit = git("rev-parse", "--short=9", "HEAD").strip()
+        changed = git("status", "--porcelain", "--", ":/*.py", ":/*.cc")
     except (OSError, subprocess.CalledProcessError):
         return __version__
-    return f"{__version__}+g{found.stdout.strip()}"
+    return f"{__version__}+g{commit}{'.dirty' if changed else ''}"
 
 
 def append(path: Path, records: Iterable[dict[str, Any]]) -> int:

@@ -47,7 +47,11 @@ class BySeed(NamedTuple):
 
 
 def by_seed(first: Mapping[int, float], second: Mapping[int, float]) -> BySeed:
-    """Pairs a metric of two runs, given by seed, and tests the difference by `paired_t`."""
+    """Pairs a metric of two runs, given by seed, and tests the difference by `paired_t`.
+
+    Raises:
+      ValueError: of several pairs, a value is not finite.
+    """
     seeds = sorted(first.keys() & second.keys())
     one, other = (np.array([run[seed] for seed in seeds]) for run in (first, second))
     if not seeds:

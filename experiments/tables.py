@@ -227,8 +227,8 @@ def bucket_tables(runs: Iterable[Records]) -> Iterator[tuple[str, Table]]:
             scores = []
             for bucket in buckets:
                 parts = sorted((found[bucket] for found in arm), key=len)
-                by_seed = {seed: score for part in parts for seed, score in part.items()}
-                scores.append(spread(by_seed.values()))
+                joined = {seed: score for part in parts for seed, score in part.items()}
+                scores.append(spread(joined.values()))
             rows.append([name, *scores])
         yield f"Test NDCG@10 by {what}", Table(head, rows)
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import shlex
 import shutil
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from experiments.presets import preset
 from experiments.published import official_curve, published
 from experiments.report import BEGIN, END, keep, write_report
 from experiments.tables import name_of, sort_key
-from experiments.tuning import Setting, expected_test, tuned_table
+from experiments.tuning import Setting, chances, tuned_table
 
 CONFIG = preset("sasrec", "amazon_beauty", "sevo_adamw", beta=0.5)
 
@@ -111,12 +112,21 @@ def test_the_best_of_each_arm_is_chosen_by_validation():
         (make("sevo_adamw", eval_every=1), [(0.9, 0.7)], {}),
         (make("sevo_adamw"), [(0.8, 0.9), (0.6, 0.3)], {}),
         (make("sevo_adamw", beta=0.5), [(0.2, 0.9)], arm),
-        (make("sevo_adamw", epochs=10), [(0.1, 0.1)], {}),  # in no budget of longer ones
+        # In no budget of those that are as long as the best.
+        (make("sevo_adamw", epochs=10), [(0.1, 0.1)], {}),
+        (make("sevo_adamw", epochs=900), [(0.1, 0.1)], {}),
         (make("sevo_adamw", **start), [(0.5, 0.9)], {}),  # is not AdamW's
         # Each alone with its kind.
         (make("sevo_adamw", loss="bpr"), [(0.9, 0.9)], {}),
         (make("sevo_adamw", loss="gbce"), [(0.9, 0.9)], {}),
         (make("adamw", loss="gbce"), [(0.9, 0.9)], {}),
+        # With two rows more: of one seed, and of two.
+        (make("adamw", loss="sampled_softmax"), [(0.9, 0.5)], {}),
+        (make("adamw", loss="sampled_softmax", dim=8), [(0.8, 0.5)], {}),
+        (make("sevo_adamw", loss="sampled_softmax"), [(0.9, 0.6), (0.9, 0.6)], {}),
+        (make("adamw", loss="cross_entropy"), [(0.9, 0.5), (0.9, 0.5)], {}),
+        (make("adamw", loss="cross_entropy", dim=8), [(0.8, 0.5)], {}),
+        (make("sevo_adamw", loss="cross_entropy"), [(0.9, 0.6), (0.9, 0.61)], {}),
         # They are not asked the same.
         (make("sevo_adamw", train_users=0.5), [(0.9, 0.9)], {}),
         (make("sevo_adamw", graph="attributes"), [(0.9, 0.9)], {}),
@@ -137,28 +147,32 @@ def test_the_best_of_each_arm_is_chosen_by_validation():
             ]
         )
     table = tuned_table(runs)
-    assert len(table.rows) == 1 and {len(row) for row in table.rows} == {len(table.head)}
-    (row,) = table.rows
+    assert {len(row) for row in table.rows} == {len(table.head)}
+    row, strong, drawn = table.rows
     assert row[:4] == ["amazon_beauty", "sasrec", "bce", "adamw"]
     assert row[4:8] == ["2", "adamw, weight_decay 0.3", "0.5000 ± 0.1414", "0.1500 ± 0.0707"]
-    assert row[8:12] == ["4", "sevo_adamw", "0.7000 ± 0.1414", "0.6000 ± 0.4243"]
-    # Differences of .8 and .1, paired by seed: t is 1.29 with one degree of freedom.
-    assert row[13:] == ["+300.0 %", "2", "0.91", "0.42"]
-    # Two of SEvo's three long ones: twice the best, .6 in the test, once the second, .9.
-    assert row[12] == "+366.7 %"
+    assert row[8:12] == ["5", "sevo_adamw", "0.7000 ± 0.1414", "0.6000 ± 0.4243"]
+    # Of SEvo's three long ones two are the best twice and the second once, which has .9 with
+    # seed 0 alone, where AdamW has .1: (2 * .6 + .9) / (2 * .15 + .1).
+    assert row[12:14] == ["2 of 2 and 3", "+425.0 %"]
+    # Differences of .8 and .1, paired by seed: t is 1.29 with one degree of freedom; the other
+    # test has .0303, twice that by Holm's rule.
+    assert row[14:] == ["+300.0 %", "2", "0.91", "0.42"]
+    assert strong[2] == "cross_entropy" and strong[14:] == ["+21.0 %", "2", "14.85", "0.061"]
+    assert drawn[2] == "sampled_softmax" and drawn[14:] == ["+20.0 %", "1", "", ""]
 
 
-def test_the_expected_test_of_a_budget_is_that_of_all_choices():
+def test_chances_are_those_of_all_choices():
     rng = np.random.default_rng(0)
-    settings = [
-        Setting(str(i), 1, {0: v}, {0: t}) for i, (v, t) in enumerate(rng.random((6, 2)))
-    ]
+    settings = [Setting(str(i), 1, {0: v}, {}) for i, v in enumerate(rng.random(6))]
     for budget in range(1, 7):
-        best = [
-            max(chosen, key=lambda setting: setting.valid[0]).test[0]
-            for chosen in itertools.combinations(settings, budget)
-        ]
-        assert expected_test(settings, budget) == pytest.approx(np.mean(best))
+        choices = list(itertools.combinations(settings, budget))
+        best = Counter(max(chosen, key=lambda one: one.valid[0]).name for chosen in choices)
+        for setting, chance in chances(settings, budget):
+            assert chance == pytest.approx(best[setting.name] / len(choices))
+    for budget in (0, 7):
+        with pytest.raises(ValueError, match="`budget` must be from 1 to 6"):
+            chances(settings, budget)
 
 
 @pytest.mark.parametrize(
