@@ -226,9 +226,9 @@ class Config:
         if self.pvn_weight and self.model != "stosa":
             raise ValueError(f"`pvn_weight` is for stosa alone, got it for {self.model}.")
         if self.cosine_scale and "cosine_scale" not in self._taken:
-            takers = [name for name, known in ARGUMENTS.items() if "cosine_scale" in known]
+            *most, last = (name for name in ARGUMENTS if "cosine_scale" in ARGUMENTS[name])
             raise ValueError(
-                f"`cosine_scale` is for {', '.join(takers)}, got it for {self.model}."
+                f"`cosine_scale` is for {', '.join(most)} and {last}, got it for {self.model}."
             )
         if self.placement != "update" and not self.has_sevo:
             raise ValueError(

@@ -98,7 +98,8 @@ def tuned_table(found: Iterable[Records]) -> Table:
 
     Returns:
       A row for each data, model, loss and optimizer of which both arms ran, and one of them
-      with several settings.
+      with several settings: both best ones, the gain at equal budgets and between these, and a
+      paired test of it where they have two seeds or more in common.
     """
     groups: dict[tuple[Place, str, str], tuple[dict, dict]] = defaultdict(lambda: ({}, {}))
     # Of a seed that several runs have, the one with more seeds counts, as in other tables.
